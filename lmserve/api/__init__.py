@@ -1,0 +1,1 @@
+"""Owns HTTP: routes, wire schemas, status codes, server-sent events, authentication, limits."""

@@ -1,0 +1,131 @@
+"""What the API process and a worker say to each other.
+
+A message is a msgpack-encoded tagged struct behind a 4-byte big-endian length. The worker speaks first (``Hello``), the
+API process answers with ``Load``; then requests and cancels flow one way and one ``StepOutputs`` per engine step the
+other. A wrong version or a frame over ``MAX_MESSAGE_BYTES`` ends the connection: both sides ship together, so either is
+a bug, not something to negotiate.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Union
+
+import msgspec
+
+from lmserve.outputs import RequestOutput
+from lmserve.runtime.interface import RunnerInfo
+from lmserve.sampling_params import SamplingParams
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 64 * 2**20
+HEADER = struct.Struct(">I")
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """Worker: I am here."""
+
+    version: int
+    pid: int
+
+
+class Load(msgspec.Struct, tag=True, frozen=True):
+    """API process: load this model. ``options`` is the worker's configuration (``lmserve.config.ModelConfig``)."""
+
+    version: int
+    options: dict[str, str | int | float | bool | None]
+
+
+class LoadProgress(msgspec.Struct, tag=True, frozen=True):
+    """Worker: how far loading is. ``fraction`` is in [0, 1]."""
+
+    stage: str
+    fraction: float
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """Worker: the model is loaded; requests may come."""
+
+    info: RunnerInfo
+
+
+class LoadFailed(msgspec.Struct, tag=True, frozen=True):
+    """Worker: the model cannot be loaded; the process ends."""
+
+    reason: str
+
+
+class AddRequest(msgspec.Struct, tag=True, frozen=True):
+    """API process: a request, already checked against the model's limits. ``sampling.n`` choices share the prompt."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    eos_token_ids: list[int] = []
+    priority: int = 0
+    """Lower runs earlier."""
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True):
+    """API process: stop a request, or one choice of it."""
+
+    request_id: str
+    choice: int | None = None
+
+
+class Shutdown(msgspec.Struct, tag=True, frozen=True):
+    """API process: end now."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters and gauges of one engine, as of the end of a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    """Blocks that a request can have at once, cached ones included."""
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    """Prompt tokens computed (recomputed ones included, cached ones not)."""
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_cancelled: int = 0
+    num_finished: int = 0
+
+
+class StepOutputs(msgspec.Struct, tag=True, frozen=True):
+    """Worker: the news of one step, for all its requests."""
+
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+
+ToWorker = Union[Load, AddRequest, Cancel, Shutdown]
+FromWorker = Union[Hello, LoadProgress, Ready, LoadFailed, StepOutputs]
+
+_encoder = msgspec.msgpack.Encoder()
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
+
+
+class MessageTooLong(Exception):
+    """A frame over ``MAX_MESSAGE_BYTES``, sent or announced."""
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """The message with its length in front."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise MessageTooLong(f"{type(message).__name__} of {len(body)} bytes, the limit is {MAX_MESSAGE_BYTES}")
+    return HEADER.pack(len(body)) + body
+
+
+def body_length(header: bytes) -> int:
+    """Length of the body behind a header."""
+    (length,) = HEADER.unpack(header)
+    if length > MAX_MESSAGE_BYTES:
+        raise MessageTooLong(f"a frame of {length} bytes was announced, the limit is {MAX_MESSAGE_BYTES}")
+    return int(length)

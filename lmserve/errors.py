@@ -1,0 +1,96 @@
+"""Every exception that crosses a border between two rooms, in one tree.
+
+LMServeError
+├── ConfigError              the person starting the server made a mistake: one line, exit code 3
+├── RequestError             the client's request is at fault: refused before the queue
+│   ├── InvalidRequest       a field is missing, malformed or out of range
+│   ├── UnsupportedField     a field that lmserve knows of and does not honour (yet)
+│   ├── ContextLengthExceeded
+│   └── ModelNotFound
+├── Unavailable              try again later
+│   ├── QueueFull
+│   └── NotReady             starting, draining, or the worker is being started again
+└── EngineError              our fault, or the machine's
+    ├── ModelLoadFailed
+    ├── WorkerDied
+    └── StepFailed           one engine step failed; the requests in it are lost, the engine lives on
+
+Which HTTP status and which OpenAI ``type`` and ``code`` each becomes stands in one table, ``lmserve/api/errors.py``.
+"""
+
+from __future__ import annotations
+
+
+class LMServeError(Exception):
+    """Root of the tree. ``str(error)`` is a sentence fit for the client."""
+
+
+class ConfigError(LMServeError):
+    """A configuration that cannot be run."""
+
+
+class RequestError(LMServeError):
+    """The request is refused. ``param`` is the path of the field at fault, as the client wrote it."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequest(RequestError):
+    """A field is missing, of the wrong type, or out of range."""
+
+
+class UnsupportedField(RequestError):
+    """A documented field whose meaning lmserve does not offer."""
+
+
+class ContextLengthExceeded(RequestError):
+    """Prompt and asked-for output together are longer than the context, or than the KV cache."""
+
+    def __init__(self, *, limit: int, num_prompt_tokens: int, max_tokens: int, param: str = "messages") -> None:
+        asked = f"{num_prompt_tokens} in the prompt and {max_tokens} for the output"
+        super().__init__(
+            f"The maximum context length is {limit} tokens, but {num_prompt_tokens + max_tokens} were asked for "
+            f"({asked}). Shorten the prompt or lower max_tokens.",
+            param,
+        )
+        self.limit = limit
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_tokens = max_tokens
+
+
+class ModelNotFound(RequestError):
+    """No loaded model answers to the name."""
+
+
+class Unavailable(LMServeError):
+    """The server cannot take the request now. ``retry_after`` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Unavailable):
+    """More requests wait than the configuration allows."""
+
+
+class NotReady(Unavailable):
+    """The server or the model's worker is starting, draining or being started again."""
+
+
+class EngineError(LMServeError):
+    """Nothing the client did."""
+
+
+class ModelLoadFailed(EngineError):
+    """The worker could not load the model; the message is the reason."""
+
+
+class WorkerDied(EngineError):
+    """The model's worker process ended while the request ran."""
+
+
+class StepFailed(EngineError):
+    """The engine step that held the request failed."""

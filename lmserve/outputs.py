@@ -1,0 +1,45 @@
+"""What the engine says about a request, step by step. Standard library only: shared by engine and service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class FinishReason(str, Enum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    """End of sequence, a stop token, or (decided in service) a stop string."""
+    LENGTH = "length"
+    """``max_tokens`` or the context limit."""
+    ABORT = "abort"
+    """The client went away, or service asked for it."""
+    ERROR = "error"
+    """The step that held it failed; ``RequestOutput.error`` says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the distribution as the model gave it (before any sampling parameter)."""
+
+    logprob: float
+    """That of the sampled token."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, log-probability) of the likeliest tokens, best first; as many as asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """News of one choice of one request, after one step."""
+
+    request_id: str
+    choice: int
+    token_ids: tuple[int, ...] = ()
+    """The new tokens only. An end-of-sequence or stop token that ended the choice is the last of them."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """As many as ``token_ids`` if asked for, else empty."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache (the same number in every output of a choice)."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None

@@ -1,0 +1,1 @@
+"""Owns tensors: loading, attention, KV cache, sampling."""

@@ -1,0 +1,112 @@
+"""The border between engine and runtime: what the engine may know of tensors. Imports no torch.
+
+The engine decides, in token ids and block ids, what one step computes (``StepInput``); a ``ModelRunner`` computes it
+and gives back one token for each sequence that asked for one (``StepOutput``). Rows of per-sequence state live on the
+device in *slots*; the engine hands the slots out and says when one gets a new owner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lmserve.outputs import TokenLogprobs
+from lmserve.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerInfo:
+    """What a loaded model is and what it can hold. Sent to the API process when the worker is ready."""
+
+    architecture: str
+    device: str
+    dtype: str
+    attention_backend: str
+    lane: str
+    num_parameters: int
+    weight_bytes: int
+    vocab_size: int
+    max_model_len: int
+    """Tokens that one sequence may have, prompt and output together."""
+    block_size: int
+    """Tokens that one KV block holds."""
+    num_blocks: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    """Slots."""
+    max_num_batched_tokens: int
+    """Tokens that one step may compute."""
+    load_seconds: float = 0.0
+    fingerprint: str = ""
+    """Short hash of everything that decides the logits besides the request: weights, dtype, device, versions."""
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence that takes a slot: at its first step, and again after a preemption."""
+
+    slot: int
+    token_ids: tuple[int, ...]
+    """All tokens so far: the prompt and, after a preemption, the output."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """The tokens ``[start, start + num_tokens)`` of the sequence in ``slot``, to be computed in this step.
+
+    A chunk whose last token is the sequence's newest one samples the next token. The token at the newest position of a
+    decoding sequence is the one that the last step sampled: the runner has it on the device already.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    block_table: list[int]
+    """The KV blocks in order, enough for ``start + num_tokens`` tokens. The runner reads it only."""
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One ragged step. Decodes (one token, samples) come first, then prefill chunks; the order is the scheduler's."""
+
+    chunks: list[ScheduledChunk]
+    new_sequences: list[NewSequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One entry for each chunk with ``samples``, in the order of the chunks."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+class FatalRunnerError(Exception):
+    """The device can no longer be trusted (a CUDA error, say). The worker has to end; it is started again."""
+
+
+class ModelRunner(Protocol):
+    """One model on its device.
+
+    ``launch`` starts a step and may return before it is computed; ``collect`` waits for it. At most one step is in
+    flight. Any exception other than ``FatalRunnerError`` means that this step's sequences are lost and nothing else.
+    """
+
+    @property
+    def info(self) -> RunnerInfo: ...
+
+    def launch(self, step: StepInput) -> None: ...
+
+    def collect(self) -> StepOutput: ...

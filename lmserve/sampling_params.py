@@ -1,0 +1,86 @@
+"""What one request asks of sampling. Standard library only: the word is shared by every room."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lmserve.errors import InvalidRequest
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 4096
+MAX_STOP_TOKEN_IDS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling parameters of one request, checked when made.
+
+    ``seed`` and ``max_tokens`` are concrete: whoever makes the object draws a seed and works out the room that the
+    context leaves, so that the engine never has to.
+
+    Raises:
+        InvalidRequest: a value is out of range; ``param`` names the field.
+    """
+
+    max_tokens: int
+    """New tokens at most, at least 0."""
+    seed: int = 0
+    """Any 64-bit integer. A sampled token depends on the logits and on (seed, choice, position) alone."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output, as transformers defines it; 1 is off."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Both over generated tokens, OpenAI's definition."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    n: int = 1
+    """Choices that share the prompt."""
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    """None: no log-probabilities. k >= 0: that of each sampled token and of the k likeliest ones."""
+
+    def __post_init__(self) -> None:
+        _in_range("temperature", self.temperature, 0, 2)
+        _in_range("top_p", self.top_p, 0, 1, low_open=True)
+        _in_range("min_p", self.min_p, 0, 1)
+        _in_range("typical_p", self.typical_p, 0, 1, low_open=True)
+        _in_range("repeat_penalty", self.repetition_penalty, 0, 10, low_open=True)
+        _in_range("presence_penalty", self.presence_penalty, -2, 2)
+        _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        _in_range("top_k", self.top_k, 0, 2**31 - 1)
+        _in_range("n", self.n, 1, MAX_CHOICES)
+        _in_range("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        _in_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _in_range("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _in_range("top_logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
+        for _, bias in self.logit_bias:
+            _in_range("logit_bias", bias, -100, 100)
+        _at_most("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _in_range(param: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
+    ok = math.isfinite(value) and (low < value if low_open else low <= value) and value <= high
+    if not ok:
+        interval = f"{'(' if low_open else '['}{low}, {high}]"
+        raise InvalidRequest(f"{param} must be in {interval}, got {value}.", param)
+
+
+def _at_most(param: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise InvalidRequest(f"{param} may have at most {limit} entries, got {count}.", param)
