@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Union
 
 import msgspec
 
@@ -103,8 +102,8 @@ class StepOutputs(msgspec.Struct, tag=True, frozen=True):
     stats: EngineStats
 
 
-ToWorker = Union[Load, AddRequest, Cancel, Shutdown]
-FromWorker = Union[Hello, LoadProgress, Ready, LoadFailed, StepOutputs]
+ToWorker = Load | AddRequest | Cancel | Shutdown
+FromWorker = Hello | LoadProgress | Ready | LoadFailed | StepOutputs
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -55,6 +55,8 @@ class NewSequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     choice: int
+    eos_token_ids: tuple[int, ...] = ()
+    """Held back, like the stop tokens, until ``sampling.min_tokens`` are there."""
 
 
 @dataclass(frozen=True, slots=True)

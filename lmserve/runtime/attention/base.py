@@ -1,0 +1,117 @@
+"""What an attention backend is, and the dense arithmetic that every backend may fall back on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows ``[row, row + q_len)`` of a packed step: the newest ``q_len`` of a sequence's ``kv_len`` tokens."""
+
+    row: int
+    q_len: int
+    kv_len: int
+    block_table: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """How the paged cache is cut, and where it lies. One scratch block follows the ``num_blocks`` that are handed out."""
+
+    block_size: int
+    num_blocks: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def scratch_block(self) -> int:
+        """Padding rows write here and padded block tables point here."""
+        return self.num_blocks
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that a layer's pool has room for, the scratch block included."""
+        return (self.num_blocks + 1) * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """The paged K and V of one attention layer, one row a token: (num_slots, kv heads, head size)."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOptions:
+    """What a model's attention layer asks for, besides queries, keys and values."""
+
+    scaling: float
+    window: int | None = None
+    """Sliding window: a query at position p sees the keys at positions > p - window."""
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """(heads,): one more logit for each head, whose probability goes nowhere (gpt-oss)."""
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether torch's fused kernels cannot do it."""
+        return self.softcap is not None or self.sinks is not None
+
+
+class AttentionBackend(ABC):
+    """One way of attending over the paged cache.
+
+    ``plan`` runs once a step, on the host; ``attend`` once a layer. The keys and values of the step's tokens are in the
+    cache before ``attend`` is called. Rows beyond the spans (padding) may come out as anything finite.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, layout: CacheLayout) -> None:
+        self.layout = layout
+
+    @abstractmethod
+    def plan(self, spans: list[Span]) -> Any:
+        """Everything about the step that does not depend on the layer."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, plan: Any, options: LayerOptions) -> Tensor:
+        """q (T, heads, Dk) and the same tokens' k, v (T, kv heads, Dk | Dv) -> (T, heads, Dv)."""
+
+
+def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Tensor:
+    """(len(q_positions), len(k_positions)) bool: which keys a causal query sees."""
+    keep = k_positions <= q_positions[:, None]
+    if window is not None:
+        keep &= k_positions > q_positions[:, None] - window
+    return keep
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, options: LayerOptions) -> Tensor:
+    """Attention written out, in float32: q (B, heads, Lq, Dk), k, v (B, kv heads, Lk, D), keep (B|1, 1, Lq, Lk) bool.
+
+    One key-value head at a time, so that only its group's scores are in memory.
+    """
+    num_heads, num_kv_heads = q.shape[1], k.shape[1]
+    group = num_heads // num_kv_heads
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    for h in range(num_kv_heads):
+        heads = slice(h * group, (h + 1) * group)
+        scores = torch.matmul(q[:, heads].float(), k[:, h, None].float().transpose(-1, -2)) * options.scaling
+        if options.softcap is not None:
+            scores = torch.tanh(scores / options.softcap) * options.softcap
+        scores = scores.masked_fill(~keep, float("-inf"))
+        if options.sinks is not None:
+            sink = options.sinks[heads].float().view(1, group, 1, 1).expand(*scores.shape[:3], 1)
+            probabilities = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+        else:
+            probabilities = scores.softmax(dim=-1)
+        out[:, heads] = torch.matmul(probabilities, v[:, h, None].float()).to(out.dtype)
+    return out

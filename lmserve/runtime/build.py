@@ -1,0 +1,125 @@
+"""From a configuration to a model runner that has proved itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from lmserve.config import ModelConfig
+from lmserve.errors import ModelLoadFailed
+from lmserve.runtime.attention import backend_class
+from lmserve.runtime.attention.base import CacheLayout
+from lmserve.runtime.interface import RunnerInfo
+from lmserve.runtime.kv_cache import KVCache, block_bytes
+from lmserve.runtime.loader import fingerprint, load_model, native_context_length
+from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
+from lmserve.runtime.model_runner import PackedModelRunner
+from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
+from lmserve.runtime.rope import pin_rope
+from lmserve.runtime.sampler import Sampler
+from lmserve.runtime.sampling_state import SamplingState
+from lmserve.runtime.self_check import check_packed_lane
+
+CPU_BATCHED_TOKENS = 512
+GPU_BATCHED_TOKENS = 4096
+
+Progress = Callable[[str, float], None]
+
+
+def build_runner(config: ModelConfig, progress: Progress = lambda stage, fraction: None) -> PackedModelRunner:
+    """Loads, sizes, checks.
+
+    Raises:
+        ModelLoadFailed: the model cannot be loaded, does not fit, or would not be served exactly.
+    """
+    began = time.monotonic()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    progress("loading weights", 0.0)
+    model, dtype = load_model(config)
+    runner = assemble_runner(model, config, dtype, progress)
+    runner.info = replace(runner.info, load_seconds=time.monotonic() - began)
+    return runner
+
+
+@torch.inference_mode()
+def assemble_runner(
+    model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype, progress: Progress = lambda stage, fraction: None
+) -> PackedModelRunner:
+    """A runner around a model that is on its device. Raises as ``build_runner`` does."""
+    lane = PackedLane(model)
+    try:
+        shapes = lane.probe()
+    except UnsupportedModel as error:
+        raise ModelLoadFailed(f"{type(model).__name__} cannot be served: {error}") from error
+    progress("making the KV cache", 0.8)
+    bytes_per_block = block_bytes(shapes, config.block_size, dtype)
+    size = size_cache(
+        block_bytes=bytes_per_block,
+        block_size=config.block_size,
+        budget=config.kv_cache_memory,
+        asked_len=config.max_model_len,
+        native_len=native_context_length(model),
+        max_num_seqs=config.max_num_seqs,
+        free=free_bytes(model.device),
+        device_type=model.device.type,
+    )
+    for sentence in pin_rope(model, size.max_model_len):
+        progress(sentence, 0.8)
+    layout = CacheLayout(config.block_size, size.num_blocks, model.device, dtype)
+    backend = backend_class(config.attention_backend, model.device.type)(layout)
+    lane.attach(KVCache(shapes, layout), backend)
+    vocab_size = model.config.get_text_config().vocab_size
+    if config.self_check:
+        progress("comparing with the stock forward", 0.9)
+        _check(lane, config, vocab_size, size.num_blocks * config.block_size, dtype)
+    info = _describe(model, config, size, backend.name, dtype, size.num_blocks * bytes_per_block)
+    state = SamplingState(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size, device=model.device)
+    return PackedModelRunner(lane, Sampler(state), state, info)
+
+
+def _describe(
+    model: PreTrainedModel,
+    config: ModelConfig,
+    size: CacheSize,
+    backend: str,
+    dtype: torch.dtype,
+    kv_cache_bytes: int,
+) -> RunnerInfo:
+    default_batch = CPU_BATCHED_TOKENS if model.device.type == "cpu" else GPU_BATCHED_TOKENS
+    return RunnerInfo(
+        architecture=type(model).__name__,
+        device=str(model.device),
+        dtype=str(dtype).removeprefix("torch."),
+        attention_backend=backend,
+        lane="packed",
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_model_len=size.max_model_len,
+        block_size=config.block_size,
+        num_blocks=size.num_blocks,
+        kv_cache_bytes=kv_cache_bytes,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or default_batch,
+        fingerprint=fingerprint(config, model, dtype, backend),
+    )
+
+
+def _check(lane: PackedLane, config: ModelConfig, vocab_size: int, num_slots: int, dtype: torch.dtype) -> None:
+    needed = 3 * -(-64 // config.block_size) * config.block_size
+    if num_slots < needed:
+        return  # a cache for toys: nothing to compare in
+    try:
+        result = check_packed_lane(lane, vocab_size, config.block_size, num_slots // 4, dtype)
+    except UnsupportedModel as error:
+        raise ModelLoadFailed(f"{type(lane.model).__name__} cannot be served: {error}") from error
+    if not result.passed:
+        raise ModelLoadFailed(
+            f"{type(lane.model).__name__} cannot be served exactly: packed logits differ from the stock ones by "
+            f"{result.error:.2g} of their spread, {result.tolerance:.2g} is allowed"
+        )

@@ -1,0 +1,140 @@
+"""Loading a model with transformers: where it goes, in which number format, from which kind of place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+
+from lmserve import __version__
+from lmserve.config import ModelConfig
+from lmserve.errors import ModelLoadFailed
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is CUDA, then MPS, then the CPU.
+
+    Raises:
+        ModelLoadFailed: the named device is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise ModelLoadFailed(f"device {name} was asked for, and torch {torch.__version__} finds none")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, checkpoint: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's own format where the device is fast at it, else float32.
+
+    A CPU without bfloat16 instructions emulates it at a fraction of float32's speed, and float16 on a CPU is slow from
+    a few rows on, so checkpoints in float16 run there in bfloat16 or float32.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    if checkpoint in (None, torch.float32):
+        return torch.float32
+    if device.type == "cpu":
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_instructions()
+        return torch.bfloat16 if fast else torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return checkpoint if checkpoint in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def _has_bf16_instructions() -> bool:
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    return capabilities.startswith("AVX512") and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def load_model(config: ModelConfig) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model on its device, in evaluation mode.
+
+    Raises:
+        ModelLoadFailed: with a sentence for the person who started the server.
+    """
+    device = choose_device(config.device)
+    source, arguments = _source(config)
+    try:
+        model_config = AutoConfig.from_pretrained(source, **_config_arguments(arguments))
+        dtype = choose_dtype(config.dtype, getattr(model_config, "dtype", None), device)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=_stock_attention(model_config),
+            **arguments,
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelLoadFailed(f"{config.model}: {_first_line(error)}") from error
+    model.train(False).requires_grad_(False)
+    return model, dtype
+
+
+def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` is called with: a folder, a GGUF file's folder, or a hub name."""
+    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    path = Path(config.model)
+    if path.suffix == ".gguf" and path.is_file():
+        arguments["quantization_config"] = GgufConfig(gguf_file=path.name, dequantize=True)
+        arguments["gguf_file"] = path.name
+        return str(path.parent), arguments
+    if not path.exists() and config.revision:
+        arguments["revision"] = config.revision
+    return config.model, arguments
+
+
+def _config_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key != "quantization_config"}
+
+
+def _stock_attention(model_config: Any) -> str | None:
+    """The stock attention to compare with. torch's fused one has no softcap: those models go the eager way."""
+    text_config = model_config.get_text_config()
+    return "eager" if getattr(text_config, "attn_logit_softcapping", None) else None
+
+
+def native_context_length(model: PreTrainedModel) -> int | None:
+    """The context that the model was made for, or None where its configuration does not say."""
+    text_config = model.config.get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+        value = getattr(text_config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def fingerprint(config: ModelConfig, model: PreTrainedModel, dtype: torch.dtype, backend: str) -> str:
+    """Short hash of what decides the logits besides the request: while it stays, a seed promises the same answer."""
+    device = model.device
+    facts = [
+        _weights_identity(config.model),
+        str(getattr(model.config, "_commit_hash", None)),
+        device.type,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        str(dtype),
+        backend,
+        transformers.__version__,
+        torch.__version__,
+        __version__,
+    ]
+    return "fp_" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def _weights_identity(model: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a local model's files: cheap, and different when the weights are."""
+    path = Path(model)
+    files = sorted(path.glob("*")) if path.is_dir() else [path] if path.is_file() else []
+    return [(file.name, file.stat().st_size, int(file.stat().st_mtime)) for file in files if file.is_file()]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,69 @@
+"""How much memory the KV cache may have, in blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from lmserve.errors import ModelLoadFailed
+
+CPU_SHARE = 0.25
+"""Of the free memory: the machine is the user's, other programs and other models want some too."""
+GPU_SHARE = 0.85
+"""Of what is free once the weights are there: the rest is for activations and the allocator's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """What a model gets: so many blocks, and so many tokens for one sequence at most."""
+
+    num_blocks: int
+    max_model_len: int
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return int(psutil.virtual_memory().available)
+
+
+def size_cache(
+    *,
+    block_bytes: int,
+    block_size: int,
+    budget: int,
+    asked_len: int,
+    native_len: int | None,
+    max_num_seqs: int,
+    free: int,
+    device_type: str,
+) -> CacheSize:
+    """Blocks for the KV cache and the context length that results.
+
+    ``budget`` and ``asked_len`` are the person's (0: choose); an explicit context that does not fit is refused, an
+    automatic one is cut to what fits and said at start-up. Never more blocks than all slots could fill.
+
+    Raises:
+        ModelLoadFailed: with the numbers.
+    """
+    if not budget:
+        budget = int(free * (CPU_SHARE if device_type == "cpu" else GPU_SHARE))
+    elif budget > free:
+        raise ModelLoadFailed(f"kv_cache_memory is {budget:,} bytes, and {free:,} are free on the device")
+    wanted_len = asked_len or native_len or 4096
+    num_blocks = min(budget // block_bytes, max_num_seqs * -(-wanted_len // block_size))
+    capacity = num_blocks * block_size
+    if asked_len > capacity:
+        needed = -(-asked_len // block_size) * block_bytes
+        raise ModelLoadFailed(
+            f"max_model_len {asked_len} needs {needed:,} bytes of KV cache, and {budget:,} are there: "
+            f"lower max_model_len to {capacity} or raise kv_cache_memory"
+        )
+    if capacity < block_size:
+        raise ModelLoadFailed(f"no memory for a KV cache: one block needs {block_bytes:,} bytes, {budget:,} are there")
+    return CacheSize(num_blocks, min(wanted_len, capacity))

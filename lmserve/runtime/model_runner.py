@@ -1,0 +1,142 @@
+"""One model on its device: a ``StepInput`` becomes one packed forward and one token for each row that asked."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lmserve.outputs import TokenLogprobs
+from lmserve.runtime.attention.base import Span
+from lmserve.runtime.interface import FatalRunnerError, NewSequence, RunnerInfo, ScheduledChunk, StepInput, StepOutput
+from lmserve.runtime.packed_lane import PackedBatch, PackedLane
+from lmserve.runtime.sampler import SampledTokens, Sampler
+from lmserve.runtime.sampling_state import SamplingState
+
+MIN_ROWS = 4
+"""From four rows on torch's CPU products give a row the same bits whatever their number; below, other kernels run."""
+
+
+class PackedModelRunner:
+    """Implements ``lmserve.runtime.interface.ModelRunner`` for the packed lane.
+
+    Owns what a slot remembers between steps: the known tokens on the host (to feed prompt chunks) and, on the device,
+    the token sampled last and the sampling state. A sampled token is fed to the next step without passing through the
+    host.
+    """
+
+    def __init__(
+        self, lane: PackedLane, sampler: Sampler, state: SamplingState, info: RunnerInfo
+    ):
+        self._lane = lane
+        self._sampler = sampler
+        self._state = state
+        self.info = info
+        self._device = lane.model.device
+        self._scratch_slot = info.num_blocks * info.block_size
+        self._known_tokens: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * info.max_num_seqs
+        self._last_tokens = torch.zeros(info.max_num_seqs, dtype=torch.int64, device=self._device)
+        self._in_flight: tuple[list[ScheduledChunk], SampledTokens] | None = None
+
+    @torch.inference_mode()
+    def launch(self, step: StepInput) -> None:
+        """Starts a step. On CUDA it returns while the device computes."""
+        assert self._in_flight is None, "one step at a time"
+        for sequence in step.new_sequences:
+            self._take_slot(sequence)
+        try:
+            logits = self._lane.forward(self._pack(step.chunks))
+        except torch.AcceleratorError as error:
+            raise FatalRunnerError(str(error)) from error
+        self._in_flight = self._sample(step.chunks, logits)
+
+    @torch.inference_mode()
+    def collect(self) -> StepOutput:
+        """Waits for the step and brings its tokens to the host."""
+        assert self._in_flight is not None, "launch comes first"
+        chunks, sampled = self._in_flight
+        self._in_flight = None
+        return StepOutput(sampled.token_ids.tolist(), self._logprobs(chunks, sampled))
+
+    def _take_slot(self, sequence: NewSequence) -> None:
+        self._known_tokens[sequence.slot] = np.array(sequence.token_ids, dtype=np.int64)
+        self._state.set_slot(
+            sequence.slot,
+            sequence.sampling,
+            sequence.choice,
+            sequence.token_ids[: sequence.num_prompt_tokens],
+            sequence.token_ids[sequence.num_prompt_tokens :],
+            sequence.eos_token_ids,
+        )
+
+    def _pack(self, chunks: list[ScheduledChunk]) -> PackedBatch:
+        """The chunks side by side, padded to ``MIN_ROWS`` with rows that write to scratch and attend to nothing."""
+        block_size = self.info.block_size
+        num_rows = max(MIN_ROWS, sum(chunk.num_tokens for chunk in chunks))
+        ids = np.zeros(num_rows, np.int64)
+        positions = np.zeros(num_rows, np.int64)
+        slots = np.full(num_rows, self._scratch_slot, np.int64)
+        spans, logits_rows = [], []
+        device_rows, device_slots = [], []
+        row = 0
+        for chunk in chunks:
+            end_row, end = row + chunk.num_tokens, chunk.start + chunk.num_tokens
+            known = self._known_tokens[chunk.slot]
+            if chunk.start < known.size:
+                ids[row:end_row] = known[chunk.start : end]
+            else:
+                device_rows.append(row)
+                device_slots.append(chunk.slot)
+            if chunk.num_tokens == 1:
+                positions[row] = chunk.start
+                slots[row] = chunk.block_table[chunk.start // block_size] * block_size + chunk.start % block_size
+            else:
+                where = np.arange(chunk.start, end)
+                table = np.array(chunk.block_table[: -(-end // block_size)], np.int64)
+                positions[row:end_row] = where
+                slots[row:end_row] = table[where // block_size] * block_size + where % block_size
+            spans.append(Span(row, chunk.num_tokens, end, chunk.block_table))
+            if chunk.samples:
+                logits_rows.append(end_row - 1)
+            row = end_row
+        logits_rows += [0] * (MIN_ROWS - len(logits_rows))
+        input_ids = self._to_device(ids)
+        if device_rows:
+            last = self._last_tokens.index_select(0, self._index(device_slots))
+            input_ids.index_copy_(0, self._index(device_rows), last)
+        return PackedBatch(
+            input_ids, self._to_device(positions), self._to_device(slots), self._index(logits_rows), spans
+        )
+
+    def _sample(self, chunks: list[ScheduledChunk], logits: Tensor) -> tuple[list[ScheduledChunk], SampledTokens]:
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        slots = [chunk.slot for chunk in sampling]
+        slots_tensor = self._index(slots)
+        positions = self._index([chunk.start + chunk.num_tokens for chunk in sampling])
+        sampled = self._sampler(logits[: len(slots)], slots_tensor, positions, self._state.flags(slots))
+        self._last_tokens.index_copy_(0, slots_tensor, sampled.token_ids)
+        return sampling, sampled
+
+    def _logprobs(self, chunks: list[ScheduledChunk], sampled: SampledTokens) -> list[TokenLogprobs | None]:
+        if sampled.logprobs is None:
+            return [None] * len(chunks)
+        chosen = sampled.logprobs.tolist()
+        none: list[list[float]] = [[]] * len(chunks)
+        ids = none if sampled.top_ids is None else sampled.top_ids.tolist()
+        values = none if sampled.top_logprobs is None else sampled.top_logprobs.tolist()
+        result: list[TokenLogprobs | None] = []
+        for i, chunk in enumerate(chunks):
+            wanted = self._state.num_logprobs(chunk.slot)
+            if wanted is None:
+                result.append(None)
+            else:
+                pairs = zip(ids[i][:wanted], values[i][:wanted], strict=True)
+                result.append(TokenLogprobs(chosen[i], tuple((int(t), p) for t, p in pairs)))
+        return result
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _to_device(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)

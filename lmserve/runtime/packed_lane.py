@@ -1,0 +1,151 @@
+"""The packed lane: a stock transformers model, run over a ragged batch in one row of tokens.
+
+transformers lets a function be named as a model's attention. Ours gets the new tokens' queries, keys and values of all
+sequences side by side, (1, heads, T, D), positional encoding already in them; it writes keys and values into the paged
+cache and lets the backend attend over each sequence's blocks. The name is not registered with transformers' masks, so
+that no mask is built. Layers are told apart by the attention module itself and their shapes are learnt from one probe
+forward, so there is no per-model code. It was found to give the stock logits in about half of all causal model types;
+``self_check.py`` says whether a given model is one of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lmserve.runtime.attention.base import AttentionBackend, LayerOptions, Span
+from lmserve.runtime.kv_cache import KVCache, LayerShape
+
+
+class UnsupportedModel(Exception):
+    """The model cannot ride this lane; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One packed forward: T tokens of several sequences side by side, T padded rows included."""
+
+    input_ids: Tensor
+    """(T,) int64"""
+    positions: Tensor
+    """(T,) int64"""
+    slot_mapping: Tensor
+    """(T,) int64: the cache row that each token's key and value go to."""
+    logits_rows: Tensor
+    """(R,) int64: the rows whose logits are wanted."""
+    spans: list[Span]
+
+
+class PackedLane:
+    """Owns the plug between a model and the paged cache. One model, one lane, one step at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.shapes: dict[int, LayerShape] = {}
+        self._cache: KVCache | None = None
+        self._backend: AttentionBackend | None = None
+        self._plan: Any = None
+        self._slot_mapping: Tensor | None = None
+        self._parameters = frozenset(inspect.signature(self.model.forward).parameters)
+        # transformers reads meaning from names: "flash", "sdpa" and a slash must not be in it.
+        self._name = f"lmserve_packed_{id(self):x}"
+        AttentionInterface.register(self._name, self._attention)
+        self._stock = self._current_implementation()
+        if not {"input_ids", "position_ids"} <= self._parameters:
+            raise UnsupportedModel("its forward takes no position_ids, so packed sequences cannot be told apart")
+
+    @contextmanager
+    def stock_attention(self) -> Iterator[None]:
+        """The model as transformers made it, for comparison."""
+        self._set_implementation(self._stock)
+        try:
+            yield
+        finally:
+            self._set_implementation(self._name)
+
+    def probe(self) -> dict[int, LayerShape]:
+        """Learns each attention layer's shape from a forward of a few tokens that attends to nothing."""
+        self._set_implementation(self._name)
+        device = self.model.device
+        tokens = torch.arange(4, device=device)
+        self._forward(tokens, tokens, tokens[-1:])
+        if not self.shapes:
+            raise UnsupportedModel("its attention does not go through transformers' attention interface")
+        return self.shapes
+
+    def attach(self, cache: KVCache, backend: AttentionBackend) -> None:
+        """Gives the lane its memory and its kernels; ``forward`` works from here on."""
+        self._cache, self._backend = cache, backend
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """(R, vocab) logits in the model's dtype."""
+        assert self._backend is not None, "attach comes first"
+        self._plan = self._backend.plan(batch.spans)
+        self._slot_mapping = batch.slot_mapping
+        try:
+            return self._forward(batch.input_ids, batch.positions, batch.logits_rows)
+        finally:
+            self._plan = self._slot_mapping = None
+
+    def _forward(self, input_ids: Tensor, positions: Tensor, logits_rows: Tensor) -> Tensor:
+        keep = {"logits_to_keep": logits_rows} if "logits_to_keep" in self._parameters else {}
+        output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **keep)
+        logits: Tensor = output.logits[0]
+        return logits if keep else logits.index_select(0, logits_rows)
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **arguments: Any,
+    ) -> tuple[Tensor, None]:
+        """query (1, heads, T, Dk), key and value (1, kv heads, T, D) -> ((1, T, heads, Dv), None): their contract."""
+        self._refuse_unknown(attention_mask, arguments)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        layer = id(module)
+        if self._cache is None:
+            self.shapes[layer] = LayerShape(k.shape[1], k.shape[2], v.shape[2])
+            return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
+        assert self._backend is not None
+        assert self._slot_mapping is not None
+        cache = self._cache.layers[layer]
+        cache.k.index_copy_(0, self._slot_mapping, k)
+        cache.v.index_copy_(0, self._slot_mapping, v)
+        options = LayerOptions(q.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+        return self._backend.attend(q, k, v, cache, self._plan, options)[None], None
+
+    @staticmethod
+    def _refuse_unknown(attention_mask: Tensor | None, arguments: dict[str, Any]) -> None:
+        """An argument that changes the result and is not honoured would be a silent error."""
+        if attention_mask is not None:
+            raise UnsupportedModel("its layers bring an attention mask of their own")
+        if arguments.get("is_causal") is False:
+            raise UnsupportedModel("its attention is not causal")
+        if arguments.get("position_bias") is not None:
+            raise UnsupportedModel("its attention adds a position bias")
+
+    def _current_implementation(self) -> str:
+        return str(self.model.config.get_text_config()._attn_implementation)
+
+    def _set_implementation(self, name: str) -> None:
+        config = self.model.config
+        text_config = config.get_text_config()
+        if text_config is config:
+            self.model.set_attn_implementation(name)
+            return
+        (key,) = (k for k in config.sub_configs if getattr(config, k, None) is text_config)
+        self.model.set_attn_implementation({key: name})

@@ -1,0 +1,225 @@
+"""From logits to tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmserve.runtime import filters
+from lmserve.runtime.noise import noise_bits, row_keys, token_keys, unit_exponential
+from lmserve.runtime.sampling_state import Need, RowParams, SamplingFlags, SamplingState
+from lmserve.sampling_params import MAX_LOGPROBS
+
+_CHUNK_ELEMENTS_CPU = 1 << 19  # a chunk's buffers stay in the last-level cache
+_CHUNK_ELEMENTS = 1 << 24  # elsewhere launches count, and the buffers' memory
+_ADJUSTMENTS = Need.BIAS | Need.MIN_TOKENS | Need.COUNTS | Need.SEEN
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One token a row, still on the device.
+
+    Attributes:
+        token_ids: (rows,) int64; -1 where nothing could be drawn: the logits hold a NaN, or no token is allowed.
+        logprobs: (rows,) float32, that of each sampled token; None if no row asked for log-probabilities.
+        top_ids, top_logprobs: (rows, MAX_LOGPROBS) of the likeliest tokens, best first, equal ones by token id; fewer
+            columns in a smaller vocabulary. Rows that did not ask for log-probabilities hold zeros.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+class Sampler:
+    """Draws one token a row. The order of operations:
+
+    1. ``logit_bias`` is added.
+    2. Penalties: repetition over prompt and output (positive logits divided, negative ones multiplied), then
+       frequency and presence over the output (subtracted).
+    3. Masks: the ends that ``min_tokens`` holds back, then the grammar's.
+    4. A row with temperature 0 takes its largest logit, among equals the lowest token id, and is done.
+    5. Temperature divides; softmax.
+    6. ``min_p``, 7. ``typical_p``, 8. ``top_k``, 9. ``top_p`` (``lmserve.runtime.filters``).
+    10. The draw: the smallest E_i / p_i, with unit exponentials E_i hashed from (seed, choice, position, token id)
+        (``lmserve.runtime.noise``).
+    11. The token is counted for the penalties of the next step.
+    Log-probabilities are of the logits as the model gave them, in float32.
+
+    Everything is row by row: a row gets the same token alone and in any batch. No operation waits for the device or
+    makes a shape from its data. What is skipped is decided by ``SamplingFlags`` alone; a parameter that is off changes
+    no bit of a row that happens to share a chunk with one that needs it.
+    """
+
+    def __init__(self, state: SamplingState) -> None:
+        self._state = state
+        vocab_size, device = state.vocab_size, state.device
+        assert vocab_size < 2**24, "token ids have to be exact in float32"
+        elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
+        self._chunk_rows = max(1, min(state.num_slots, elements // max(vocab_size, filters.BUCKETS)))
+        self._buffers = torch.empty(2, self._chunk_rows, vocab_size, device=device)
+        self._bits = torch.empty(self._chunk_rows, vocab_size, dtype=torch.int32, device=device)
+        self._token_keys = token_keys(vocab_size, device)
+        self._ranks = torch.arange(vocab_size, 0, -1, device=device).to(torch.float32)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        flags: SamplingFlags,
+        grammar_mask: Tensor | None = None,
+    ) -> SampledTokens:
+        """Samples and takes note of the tokens in the state.
+
+        Args:
+            logits: (rows, vocab) float32, bfloat16 or float16; left as it is.
+            slots: (rows,) int64, on the device, each slot at most once.
+            positions: (rows,) integers, on the device: the index that the new token gets in its sequence.
+            flags: ``SamplingState.flags`` of the same slots.
+            grammar_mask: (rows, ceil(vocab / 32)) int32; bit i % 32 of word i // 32 allows token i.
+        """
+        rows = _Rows(logits, slots, positions, grammar_mask)
+        order = sorted(range(len(flags.needs)), key=lambda row: flags.needs[row] & ~Need.LOGPROBS)
+        if order == list(range(len(order))):
+            token_ids = self._sample(rows, flags)
+        else:
+            index = torch.tensor(order).to(logits.device, non_blocking=True)
+            sampled = self._sample(rows.select(index), flags.select(order))
+            token_ids = torch.empty_like(sampled).index_copy_(0, index, sampled)
+        self._state.record(slots, token_ids, flags.union)
+        return _with_logprobs(token_ids, logits, [i for i, needs in enumerate(flags.needs) if Need.LOGPROBS in needs])
+
+    def _sample(self, rows: _Rows, flags: SamplingFlags) -> Tensor:
+        """(rows,) int64. Rows with like needs stand together: a chunk does what any of its rows asks for."""
+        token_ids = torch.empty(len(flags.needs), dtype=torch.int64, device=self._state.device)
+        start = 0
+        while start < len(flags.needs):
+            samples = flags.needs[start] & Need.SAMPLE
+            end = start + 1
+            while end < min(start + self._chunk_rows, len(flags.needs)) and flags.needs[end] & Need.SAMPLE == samples:
+                end += 1
+            chunk = flags.select(range(start, end))
+            token_ids[start:end] = self._sample_chunk(rows.cut(start, end), chunk.union, max(chunk.top_k))
+            start = end
+        return token_ids
+
+    def _sample_chunk(self, rows: _Rows, needs: Need, max_top_k: int) -> Tensor:
+        logits, probs = self._buffers[:, : rows.slots.shape[0]].unbind(0)
+        logits.copy_(rows.logits)
+        params = self._state.params(rows.slots)
+        self._adjust(logits, rows, params, needs)
+        if Need.SAMPLE not in needs:
+            return self._first_largest(logits, -math.inf, scratch=probs)
+        # The largest logit becomes 0 first, so that no temperature, however small, can overflow.
+        logits.sub_(logits.amax(-1, keepdim=True)).div_(params.temperature)
+        torch.softmax(logits, -1, out=probs)
+        _filter(probs, params, needs, max_top_k, scratch=logits)
+        return self._draw(probs, rows, scratch=logits)
+
+    def _adjust(self, logits: Tensor, rows: _Rows, params: RowParams, needs: Need) -> None:
+        """Bias, penalties and masks, in place."""
+        state, slots = self._state, rows.slots
+        if Need.BIAS in needs:
+            logits.scatter_add_(1, state.bias.ids.index_select(0, slots), state.bias.values.index_select(0, slots))
+        if state.seen is not None and Need.SEEN in needs:
+            # Negative and positive part apart: several times faster on a CPU than choosing between two results.
+            penalty = torch.where(state.seen.index_select(0, slots), params.repetition_penalty, 1.0)
+            negative = logits.clamp_max(0).mul_(penalty)
+            logits.clamp_min_(0).div_(penalty).add_(negative)
+        if state.counts is not None and Need.COUNTS in needs:
+            counts = state.counts.index_select(0, slots)
+            logits.sub_(counts * params.frequency_penalty)
+            logits.sub_(counts.clamp_max_(1).mul_(params.presence_penalty))
+        if Need.MIN_TOKENS in needs:
+            held_back = rows.positions[:, None] < params.first_end_position
+            values = state.ends.values.index_select(0, slots).masked_fill_(~held_back, 0.0)
+            logits.scatter_add_(1, state.ends.ids.index_select(0, slots), values)
+        if rows.grammar_mask is not None:
+            logits.masked_fill_(~_unpack(rows.grammar_mask, logits.shape[1]), -math.inf)
+
+    def _draw(self, probs: Tensor, rows: _Rows, *, scratch: Tensor) -> Tensor:
+        keys = row_keys(self._state.request_keys.index_select(0, rows.slots), rows.positions)
+        bits = self._bits[: rows.slots.shape[0]]
+        noise_bits(keys, self._token_keys, out=bits, scratch=scratch.view(torch.int32))
+        race = torch.div(probs, unit_exponential(bits, out=scratch), out=scratch)
+        return self._first_largest(race, 0.0, scratch=probs)
+
+    def _first_largest(self, values: Tensor, floor: float, *, scratch: Tensor) -> Tensor:
+        """(rows,) int64: the lowest token id with the row's largest value, -1 unless that is above ``floor``.
+
+        Two reductions that vectorise; argmax does not on a CPU and takes four times as long.
+        """
+        largest = values.amax(-1, keepdim=True)
+        torch.eq(values, largest, out=scratch)
+        first = self._state.vocab_size - scratch.mul_(self._ranks).amax(-1).to(torch.int64)
+        return first.masked_fill_(~(largest[:, 0] > floor), -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The arguments of ``Sampler.__call__``, row by row."""
+
+    logits: Tensor
+    slots: Tensor
+    positions: Tensor
+    grammar_mask: Tensor | None
+
+    def select(self, index: Tensor) -> _Rows:
+        mask = None if self.grammar_mask is None else self.grammar_mask.index_select(0, index)
+        logits, slots, positions = (t.index_select(0, index) for t in (self.logits, self.slots, self.positions))
+        return _Rows(logits, slots, positions, mask)
+
+    def cut(self, start: int, end: int) -> _Rows:
+        mask = None if self.grammar_mask is None else self.grammar_mask[start:end]
+        return _Rows(self.logits[start:end], self.slots[start:end], self.positions[start:end], mask)
+
+
+def _filter(probs: Tensor, params: RowParams, needs: Need, max_top_k: int, *, scratch: Tensor) -> None:
+    """Zeros the probabilities that min_p, typical_p, top_k and top_p rule out, in place."""
+
+    def keep(threshold: Tensor) -> None:
+        # Both vectorise, a mask of bool does not.
+        torch.ge(probs, threshold, out=scratch)
+        probs.mul_(scratch)
+
+    if Need.MIN_P in needs:
+        keep(filters.min_p_threshold(probs, params.min_p))
+    if Need.TYPICAL_P in needs:
+        filters.drop_atypical(probs, params.typical_p)
+    if Need.TOP_K in needs:
+        threshold, best = filters.top_k_threshold(probs, params.top_k, max_top_k)
+        keep(threshold)
+        if Need.TOP_P not in needs and Need.TOP_P_OF_K in needs:
+            keep(filters.top_p_threshold_of_k(best, probs, params.top_p))
+    if Need.TOP_P in needs:
+        keep(filters.top_p_threshold(probs, params.top_p))
+
+
+def _unpack(mask: Tensor, vocab_size: int) -> Tensor:
+    """(rows, vocab) bool from (rows, words) int32, lowest bit first."""
+    bits = mask[:, :, None] >> torch.arange(32, dtype=torch.int32, device=mask.device)
+    return (bits & 1).bool().flatten(1)[:, :vocab_size]
+
+
+def _with_logprobs(token_ids: Tensor, logits: Tensor, rows: list[int]) -> SampledTokens:
+    """Adds the log-probabilities of the rows that want them."""
+    if not rows:
+        return SampledTokens(token_ids)
+    index = torch.tensor(rows).to(logits.device, non_blocking=True)
+    logprobs = logits.index_select(0, index).to(torch.float32).log_softmax(-1)
+    chosen = logprobs.gather(-1, token_ids.index_select(0, index).clamp_min_(0)[:, None])
+    # Always as many as anyone may ask for, so that equal ones at the border do not depend on the batch.
+    values, ids = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[-1]), dim=-1)
+    ids, by_id = ids.sort(dim=-1)
+    values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, by_value)
+
+    def spread(part: Tensor) -> Tensor:
+        return part.new_zeros(len(token_ids), part.shape[1]).index_copy_(0, index, part)
+
+    return SampledTokens(token_ids, spread(chosen)[:, 0], spread(ids), spread(values))

@@ -1,0 +1,84 @@
+"""The worker process: the composition root of engine and runtime.
+
+Started as ``python -m lmserve.worker FD`` with one end of a socket pair; everything else arrives in the ``Load``
+message. It ends when told to, when the socket closes, or when the process that started it dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+import traceback
+
+from lmserve.config import ModelConfig
+from lmserve.engine.connection import ConnectionClosed, WorkerConnection
+from lmserve.engine.core import EngineCore
+from lmserve.engine.loop import run_engine
+from lmserve.engine.messages import PROTOCOL_VERSION, Hello, Load, LoadFailed, LoadProgress, Ready
+from lmserve.engine.scheduler import SchedulerConfig
+from lmserve.errors import ModelLoadFailed
+from lmserve.runtime.build import build_runner
+from lmserve.runtime.interface import FatalRunnerError
+from lmserve.runtime.model_runner import PackedModelRunner
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(fd: int) -> int:
+    """Returns the exit code: 0 for an ordered end, 1 for a device fault, 3 for a model that cannot be loaded."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle: it drains first
+    connection = WorkerConnection(socket.socket(fileno=fd))
+    try:
+        connection.send(Hello(PROTOCOL_VERSION, os.getpid()))
+        load = connection.receive()
+        assert isinstance(load, Load)
+        assert load.version == PROTOCOL_VERSION
+        config = ModelConfig(**load.options)  # type: ignore[arg-type]  # checked where it was made
+        runner = _build(config, connection)
+        if runner is None:
+            return 3
+        core = EngineCore(
+            runner,
+            SchedulerConfig(
+                max_num_seqs=runner.info.max_num_seqs,
+                max_num_batched_tokens=runner.info.max_num_batched_tokens,
+                max_model_len=runner.info.max_model_len,
+                prefix_caching=config.prefix_caching,
+            ),
+        )
+        gc.collect()
+        gc.freeze()  # the model's objects never die: the collector need not walk them during a step
+        connection.send(Ready(runner.info))
+        run_engine(core, connection)
+    except ConnectionClosed:
+        return 0
+    except FatalRunnerError:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _build(config: ModelConfig, connection: WorkerConnection) -> PackedModelRunner | None:
+    try:
+        return build_runner(config, lambda stage, fraction: connection.send(LoadProgress(stage, fraction)))
+    except ModelLoadFailed as error:
+        connection.send(LoadFailed(str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(LoadFailed(f"{config.model}: {type(error).__name__}: {error}"))
+    return None
+
+
+def _die_with_parent() -> None:
+    """On Linux the kernel ends this process when its parent dies, even in the middle of loading."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

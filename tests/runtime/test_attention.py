@@ -1,0 +1,177 @@
+"""The conformance suite: every backend in the table against attention written out one query at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmserve.runtime.attention import BACKENDS, backend_class
+from lmserve.runtime.attention.base import AttentionBackend, CacheLayout, LayerCache, LayerOptions, Span
+from lmserve.runtime.attention.sdpa import bucket_length
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 96
+CPU = torch.device("cpu")
+
+# (tokens in the cache already, new tokens): decodes of several lengths, whole prompts, chunks behind a prefix
+MIXED = ((0, 7), (11, 1), (3, 1), (64, 1), (70, 1), (16, 5), (0, 1), (9, 2))
+SCALING = 0.3
+
+
+@dataclass
+class Case:
+    """One packed step over random keys and values that lie in scattered blocks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cache: LayerCache
+    spans: list[Span]
+    sequences: list[tuple[Tensor, Tensor]]
+    """Each sequence's own keys and values, contiguous: what the expected result is computed from."""
+
+
+def make_case(
+    sequences: tuple[tuple[int, int], ...],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    key_size: int = 16,
+    value_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    scattered: bool = True,
+    seed: int = 0,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    # blocks that nobody owns hold large numbers: reading one shows
+    cache = LayerCache(
+        k=random((NUM_BLOCKS + 1) * BLOCK_SIZE, kv_heads, key_size) * 50,
+        v=random((NUM_BLOCKS + 1) * BLOCK_SIZE, kv_heads, value_size) * 50,
+    )
+    order = torch.randperm(NUM_BLOCKS, generator=generator).tolist() if scattered else list(range(NUM_BLOCKS))
+    spans, new_k, new_v, contents, row = [], [], [], [], 0
+    for cached, new in sequences:
+        total = cached + new
+        table, order = order[: math.ceil(total / BLOCK_SIZE)], order[math.ceil(total / BLOCK_SIZE) :]
+        k, v = random(total, kv_heads, key_size), random(total, kv_heads, value_size)
+        slots = torch.tensor([table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(total)])
+        cache.k[slots], cache.v[slots] = k, v
+        spans.append(Span(row, new, total, table))
+        new_k.append(k[cached:])
+        new_v.append(v[cached:])
+        contents.append((k, v))
+        row += new
+    return Case(random(row, heads, key_size), torch.cat(new_k), torch.cat(new_v), cache, spans, contents)
+
+
+def expected(case: Case, options: LayerOptions) -> Tensor:
+    """One query, one head, one key at a time."""
+    heads = case.q.shape[1]
+    out = torch.zeros(*case.q.shape[:2], case.v.shape[-1], dtype=torch.float64)
+    for span, (k, v) in zip(case.spans, case.sequences, strict=True):
+        group = heads // k.shape[1]
+        for i in range(span.q_len):
+            position = span.kv_len - span.q_len + i
+            first = 0 if options.window is None else max(0, position - options.window + 1)
+            for h in range(heads):
+                keys = k[first : position + 1, h // group].double()
+                scores = keys @ case.q[span.row + i, h].double() * options.scaling
+                if options.softcap is not None:
+                    scores = options.softcap * torch.tanh(scores / options.softcap)
+                weights = scores.exp()
+                total = weights.sum() + (0 if options.sinks is None else options.sinks[h].double().exp())
+                out[span.row + i, h] = (weights / total) @ v[first : position + 1, h // group].double()
+    return out
+
+
+def make_backend(name: str, dtype: torch.dtype = torch.float32) -> AttentionBackend:
+    return backend_class(name, "cpu")(CacheLayout(BLOCK_SIZE, NUM_BLOCKS, CPU, dtype))
+
+
+def run(name: str, case: Case, options: LayerOptions) -> Tensor:
+    backend = make_backend(name, case.q.dtype)
+    return backend.attend(case.q, case.k, case.v, case.cache, backend.plan(case.spans), options)
+
+
+OPTIONS = {
+    "plain": LayerOptions(SCALING),
+    "window": LayerOptions(SCALING, window=6),
+    "window of one": LayerOptions(SCALING, window=1),
+    "softcap": LayerOptions(SCALING, softcap=1.5),
+    "sinks": LayerOptions(SCALING, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+    "window, softcap and sinks": LayerOptions(SCALING, 5, 2.0, torch.tensor([1.0, 0.0, -2.0, 3.0])),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("scattered", [True, False], ids=["scattered", "adjacent"])
+def test_mixed_step(name: str, options: LayerOptions, scattered: bool) -> None:
+    case = make_case(MIXED, scattered=scattered)
+    torch.testing.assert_close(run(name, case, options).double(), expected(case, options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 6), (6, 1), (6, 3)])
+@pytest.mark.parametrize(("key_size", "value_size"), [(16, 16), (24, 16), (8, 8)])
+def test_head_shapes(name: str, heads: int, kv_heads: int, key_size: int, value_size: int) -> None:
+    case = make_case(MIXED, heads=heads, kv_heads=kv_heads, key_size=key_size, value_size=value_size)
+    options = LayerOptions(SCALING)
+    torch.testing.assert_close(run(name, case, options).double(), expected(case, options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bfloat16(name: str, options: LayerOptions) -> None:
+    case = make_case(MIXED, dtype=torch.bfloat16)
+    torch.testing.assert_close(run(name, case, options).double(), expected(case, options), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_decode_gives_the_same_bits_in_any_company(name: str, dtype: torch.dtype) -> None:
+    case = make_case(((40, 1), (64, 1), (90, 1), (37, 1), (5, 1)), dtype=dtype)
+    options = LayerOptions(SCALING)
+    together = run(name, case, options)
+    for i, span in enumerate(case.spans):
+        backend = make_backend(name, dtype)
+        alone = backend.attend(
+            case.q[i : i + 1],
+            case.k[i : i + 1],
+            case.v[i : i + 1],
+            case.cache,
+            backend.plan([Span(0, 1, span.kv_len, span.block_table)]),
+            options,
+        )
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_beyond_the_spans_are_finite(name: str) -> None:
+    case = make_case(((5, 1),))
+    q, k, v = (torch.cat([x, x.new_full((3, *x.shape[1:]), 0.5)]) for x in (case.q, case.k, case.v))
+    backend = make_backend(name)
+    out = backend.attend(q, k, v, case.cache, backend.plan(case.spans), LayerOptions(SCALING))
+    assert out.shape[0] == 4
+    assert out.isfinite().all()
+
+
+def test_bucket_length_wastes_at_most_a_quarter_of_long_contexts() -> None:
+    for num_keys in range(1, 9000):
+        padded = bucket_length(num_keys)
+        assert padded >= num_keys
+        assert padded - num_keys < max(64, num_keys / 4)
+    assert [bucket_length(n) for n in (1, 64, 65, 512, 513, 1025)] == [64, 64, 128, 512, 640, 1280]
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(KeyError):
+        backend_class("fast", "cpu")

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import psutil
+import torch
+
+from lmserve.runtime.attention.base import CacheLayout
+from lmserve.runtime.kv_cache import KVCache, LayerShape, block_bytes
+
+CPU = torch.device("cpu")
+
+
+def test_pools_have_the_layers_shapes_and_hold_zeros() -> None:
+    shapes = {7: LayerShape(2, 16, 16), 8: LayerShape(4, 24, 16)}
+    cache = KVCache(shapes, CacheLayout(4, 10, CPU, torch.bfloat16))
+    assert cache.layers[7].k.shape == (44, 2, 16), "a scratch block follows the ten"
+    assert cache.layers[8].k.shape == (44, 4, 24)
+    assert cache.layers[8].v.shape == (44, 4, 16)
+    assert {layer.k.dtype for layer in cache.layers.values()} == {torch.bfloat16}
+    assert all(not layer.k.any() and not layer.v.any() for layer in cache.layers.values())
+
+
+def test_block_bytes() -> None:
+    shapes = {1: LayerShape(3, 64, 64), 2: LayerShape(3, 64, 64)}
+    assert block_bytes(shapes, 16, torch.bfloat16) == 2 * 3 * 128 * 16 * 2
+
+
+def test_memory_is_taken_when_it_is_written_to() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    cache = KVCache({1: LayerShape(8, 128, 128)}, CacheLayout(16, 8192, CPU, torch.float32))
+    assert process.memory_info().rss - before < 64 * 2**20
+    assert sum(pool.nbytes for pool in (cache.layers[1].k, cache.layers[1].v)) > 2**30

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmserve.config import ModelConfig
+from lmserve.errors import ModelLoadFailed
+from lmserve.runtime.loader import choose_device, choose_dtype, fingerprint, load_model, native_context_length
+from tests.runtime.tiny_models import build_tiny, in_dtype
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny Llama as a Hugging Face folder in bfloat16."""
+    in_dtype(build_tiny("llama"), torch.bfloat16).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def config(model: Path | str, **overrides: str) -> ModelConfig:
+    return ModelConfig(model=str(model), model_id="tiny", device="cpu", **overrides)  # type: ignore[arg-type]
+
+
+def test_loads_a_folder_for_inference(folder: Path) -> None:
+    model, dtype = load_model(config(folder, dtype="float32"))
+    assert dtype == torch.float32
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert native_context_length(model) == 512
+
+
+@pytest.mark.parametrize("name", ["no/such/place at all", "/no/such/folder"])
+def test_a_missing_model_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelLoadFailed) as caught:
+        load_model(config(name))
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadFailed, match=str(tmp_path)):
+        load_model(config(tmp_path))
+
+
+def test_a_broken_weight_file_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"not a weight file at all")
+    with pytest.raises(ModelLoadFailed):
+        load_model(config(folder))
+
+
+def test_auto_dtype() -> None:
+    assert choose_dtype("auto", torch.float32, CPU) == torch.float32
+    assert choose_dtype("auto", None, CPU) == torch.float32
+    half = choose_dtype("auto", torch.float16, CPU)
+    assert half in (torch.bfloat16, torch.float32), "float16 is slow on a CPU"
+    assert choose_dtype("auto", torch.bfloat16, CPU) == half
+    assert choose_dtype("float16", torch.float32, CPU) == torch.float16
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type in ("cuda", "mps", "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelLoadFailed, match="cuda"):
+            choose_device("cuda")
+
+
+def test_fingerprint_follows_what_decides_the_logits(folder: Path) -> None:
+    model, dtype = load_model(config(folder, dtype="float32"))
+    first = fingerprint(config(folder), model, dtype, "cpu")
+    assert first == fingerprint(config(folder), model, dtype, "cpu")
+    assert first != fingerprint(config(folder), model, torch.bfloat16, "cpu")
+    assert first != fingerprint(config(folder), model, dtype, "reference")
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    assert first != fingerprint(config(folder), model, dtype, "cpu")

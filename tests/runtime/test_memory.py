@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from lmserve.errors import ModelLoadFailed
+from lmserve.runtime.memory import CacheSize, size_cache
+
+
+def size(**overrides: int | str | None) -> CacheSize:
+    arguments: dict[str, int | str | None] = {
+        "block_bytes": 1000,
+        "block_size": 16,
+        "budget": 0,
+        "asked_len": 0,
+        "native_len": 2048,
+        "max_num_seqs": 4,
+        "free": 4_000_000,
+        "device_type": "cpu",
+    }
+    return size_cache(**{**arguments, **overrides})  # type: ignore[arg-type]  # a table of mixed values
+
+
+def test_a_cpu_gets_its_share_of_the_free_memory() -> None:
+    assert size(free=400_000) == CacheSize(num_blocks=100, max_model_len=1600)
+
+
+def test_never_more_blocks_than_all_slots_can_fill() -> None:
+    assert size().num_blocks == 4 * 2048 // 16
+
+
+def test_an_explicit_budget_is_taken_as_it_is() -> None:
+    assert size(budget=200_000).num_blocks == 200
+
+
+def test_a_budget_beyond_the_free_memory_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ModelLoadFailed, match=r"5,000,000 bytes, and 4,000,000 are free"):
+        size(budget=5_000_000)
+
+
+def test_an_automatic_context_is_cut_to_the_cache() -> None:
+    assert size(budget=100_000).max_model_len == 1600
+
+
+def test_an_explicit_context_that_does_not_fit_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ModelLoadFailed, match=r"needs 128,000 bytes .* lower max_model_len to 1600"):
+        size(budget=100_000, asked_len=2048)
+
+
+def test_a_cache_of_less_than_one_block_is_refused() -> None:
+    with pytest.raises(ModelLoadFailed, match="no memory"):
+        size(budget=999)
+
+
+def test_a_gpu_gets_most_of_what_is_free() -> None:
+    assert size(device_type="cuda", free=100_000).num_blocks == 85
