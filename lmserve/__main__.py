@@ -1,0 +1,6 @@
+"""``python -m lmserve``."""
+
+from lmserve.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Server-sent events: one writer for everything that streams (WHATWG HTML, section 9.2)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from contextlib import aclosing
+from typing import TypeVar
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from lmserve.api.errors import error_body
+from lmserve.errors import LMServeError
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+T = TypeVar("T")
+
+
+def event(data: bytes) -> bytes:
+    """One event. ``data`` is JSON, so it has no line break."""
+    return b"data: " + data + b"\n\n"
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Returns when the client is gone. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled at once when the client goes away.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        await _cancel(working, gone)
+
+
+class EventStream:
+    """An ASGI response that sends events as they come, each in one write.
+
+    Owns the generator: it is closed as soon as the client is gone or the answer is complete. The headers wait for the
+    first event, so that an error before it has its own status; when nothing comes for ``keep_alive`` seconds they are
+    sent all the same, and a comment line then and again shows proxies and clients that we are alive. An error after the
+    headers is an event, and the end.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, keep_alive: float, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self._events = events
+        self._keep_alive = keep_alive
+        self._headers = headers or {}
+        self._started = False
+        self._sending = False
+        self._last_sent = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
+        self._last_sent = clock()
+        writer = asyncio.ensure_future(self._write(send))
+        gone = asyncio.ensure_future(wait_for_disconnect(receive))
+        try:
+            while not (writer.done() or gone.done()):
+                silence = clock() - self._last_sent
+                if silence >= self._keep_alive and not self._sending:
+                    await self._emit(send, KEEP_ALIVE)
+                    silence = 0.0
+                patience = self._keep_alive - silence if silence < self._keep_alive else self._keep_alive
+                await asyncio.wait({writer, gone}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+        finally:
+            await _cancel(writer, gone)
+
+    async def _write(self, send: Send) -> None:
+        try:
+            async with aclosing(self._events) as events:
+                async for chunk in events:
+                    await self._emit(send, chunk)
+        except Exception as error:
+            if not self._started:
+                raise
+            if not isinstance(error, LMServeError):
+                logger.exception("A stream failed")
+            await self._emit(send, event(error_body(error)))
+        await self._emit(send, b"", more=False)
+
+    async def _emit(self, send: Send, chunk: bytes, *, more: bool = True) -> None:
+        self._sending = True
+        try:
+            if not self._started:
+                self._started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self._raw_headers()})
+            await send({"type": "http.response.body", "body": chunk, "more_body": more})
+        finally:
+            self._sending = False
+            self._last_sent = asyncio.get_running_loop().time()
+
+    def _raw_headers(self) -> list[tuple[bytes, bytes]]:
+        headers = MutableHeaders(self._headers)
+        headers["content-type"] = "text/event-stream; charset=utf-8"
+        headers["cache-control"] = "no-cache"
+        headers["x-accel-buffering"] = "no"  # nginx would hold events back
+        return headers.raw
+
+
+async def _cancel(*tasks: asyncio.Future[T] | asyncio.Future[None]) -> None:
+    """Cancel, and wait until they have cleaned up."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

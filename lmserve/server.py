@@ -1,0 +1,215 @@
+"""The API process: the composition root of api, service and models, and its life from start to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Generator
+
+import uvicorn
+
+from lmserve import __version__
+from lmserve.api.app import create_app
+from lmserve.config import Config
+from lmserve.errors import ConfigError, ModelLoadFailed
+from lmserve.models.manager import ModelEntry, ModelManager
+from lmserve.service.generation import GenerationService
+from lmserve.service.log_stream import LogStream
+
+EXIT_OK = 0
+EXIT_START_FAILED = 3
+BACKLOG = 2048
+
+
+def run(config: Config) -> int:
+    """Serves until a signal ends it. Returns the exit code.
+
+    Raises:
+        ConfigError: the address cannot be bound, or a certificate cannot be read.
+    """
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s: %(message)s", stream=sys.stderr)
+    with _listen(config) as sock:
+        return asyncio.run(_serve(config, sock))
+
+
+async def _serve(config: Config, sock: socket.socket) -> int:
+    """Listens at once (``/health`` says what is going on), loads, says so, and drains when told to."""
+    log = LogStream()
+    models = ModelManager(config.models, strict_names=config.strict_model_names, on_stage=_say_stage)
+    service = GenerationService(models, log, config)
+    http_server = _HttpServer(_uvicorn_config(config, create_app(service, models, log, config)))
+    stopping = _stop_on_signals(http_server)
+    models.start()
+    http = asyncio.create_task(http_server.serve(sockets=[sock]))
+    loaded = asyncio.create_task(_load(models, service))
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({loaded, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if loaded.done():
+            loaded.result()
+            _announce(config, sock, models.entries())
+            await stop
+            await _drain(models, config.drain_seconds, http_server)
+        return EXIT_OK
+    except ModelLoadFailed as error:
+        print(f"lmserve: {error}", file=sys.stderr)
+        return EXIT_START_FAILED
+    finally:
+        http_server.stop()
+        for task in (loaded, stop):
+            task.cancel()
+        await asyncio.gather(http, loaded, stop, return_exceptions=True)
+        await models.stop()
+
+
+async def _load(models: ModelManager, service: GenerationService) -> None:
+    """Weights in the workers and tokenizers here, at the same time."""
+    await asyncio.gather(models.wait_loaded(), service.load_texts())
+
+
+async def _drain(models: ModelManager, seconds: float, http_server: _HttpServer) -> None:
+    """New requests are refused from here on; running ones have ``seconds`` to finish. A second signal ends the wait."""
+    models.drain()
+    idle = asyncio.create_task(models.wait_idle())
+    forced = asyncio.create_task(http_server.forced.wait())
+    await asyncio.wait({idle, forced}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in (idle, forced):
+        task.cancel()
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its own signal handling (it would end the process before the workers) and fast poll."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.forced = asyncio.Event()
+        self._stop = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # refreshes the Date header
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), timeout=1.0)
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self._stop.set()
+
+    def force(self) -> None:
+        """Running requests are dropped."""
+        self.force_exit = True
+        self.forced.set()
+        self.stop()
+
+
+def _stop_on_signals(http_server: _HttpServer) -> asyncio.Event:
+    """SIGINT and SIGTERM: the first begins the drain, a second one ends it."""
+    stopping = asyncio.Event()
+
+    def handle() -> None:
+        if stopping.is_set():
+            http_server.force()
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handle)
+    return stopping
+
+
+def _uvicorn_config(config: Config, app: uvicorn.config.ASGIApplication) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        log_level="warning",
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=2,
+        ssl_certfile=config.ssl_certfile or None,
+        ssl_keyfile=config.ssl_keyfile or None,
+    )
+
+
+def _listen(config: Config) -> socket.socket:
+    """The socket, bound before anything is loaded: a taken port is known at once."""
+    if config.uds:
+        return _listen_unix(config.uds)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from error
+    return sock
+
+
+def _listen_unix(path: str) -> socket.socket:
+    """A socket file that nobody listens on any more is replaced; anything else at the path is left alone."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            if sock.connect_ex(path) == 0:
+                raise ConfigError(f"cannot listen on {path}: a server is listening there")
+            os.unlink(path)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(path)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {path}: {error.strerror or error}") from error
+    return sock
+
+
+def _say_stage(model_id: str, stage: str) -> None:
+    print(f"{model_id}: {stage}", file=sys.stderr, flush=True)
+
+
+def _announce(config: Config, sock: socket.socket, entries: list[ModelEntry]) -> None:
+    """What was loaded, where it listens, and one line to try."""
+    for entry in entries:
+        print(describe(entry), file=sys.stderr)
+    if config.uds:
+        url, curl = f"http+unix://{config.uds}", f"curl --unix-socket {config.uds} http://localhost/v1/chat/completions"
+    else:
+        scheme = "https" if config.ssl_certfile else "http"
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        url = f"{scheme}://{host}:{sock.getsockname()[1]}/v1"
+        curl = f"curl {url}/chat/completions"
+    key = ' -H "Authorization: Bearer $LMSERVE_API_KEY"' if config.api_key else ""
+    body = f'{{"model": "{entries[0].model_id}", "messages": [{{"role": "user", "content": "Say this is a test!"}}]}}'
+    print(
+        f"\nlmserve {__version__} listens on {url}\nTry:\n"
+        f"  {curl}{key} -H 'Content-Type: application/json' -d '{body}'",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def describe(entry: ModelEntry) -> str:
+    """A loaded model in a few lines for people."""
+    info = entry.info
+    assert info is not None
+    return (
+        f"\n{entry.model_id}  {info.architecture} from {entry.path}, loaded in {info.load_seconds:.1f} s\n"
+        f"  device   {info.device}, {info.dtype}, attention: {info.attention_backend}, {info.lane} lane\n"
+        f"  weights  {info.num_parameters / 1e6:,.1f} M parameters, {_size(info.weight_bytes)}\n"
+        f"  KV cache {info.kv_cache_tokens:,} tokens, {_size(info.kv_cache_bytes)}, blocks of {info.block_size}\n"
+        f"  context  {info.max_model_len:,} tokens; {info.max_num_seqs} sequences at once, "
+        f"{info.max_num_batched_tokens} tokens a step"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

@@ -1,0 +1,82 @@
+"""What the service says about a request: pieces of text, ends, and at last the usage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lmserve.outputs import FinishReason
+
+
+class StopReason(str, Enum):
+    """Why a choice ended, in LM Studio's words; finer than ``FinishReason``."""
+
+    EOS_FOUND = "eosFound"
+    STOP_STRING_FOUND = "stopStringFound"
+    MAX_PREDICTED_TOKENS_REACHED = "maxPredictedTokensReached"
+    CONTEXT_LENGTH_REACHED = "contextLengthReached"
+    USER_STOPPED = "userStopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its log-probability."""
+
+    token_id: int
+    bytes: bytes
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        """Lone bytes of a longer character show as U+FFFD."""
+        return self.bytes.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The sampled token, and the likeliest ones, best first."""
+
+    sampled: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+    text_offset: int
+    """Where the token's text begins in the choice's text, in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More text of one choice. Empty text comes only with log-probabilities."""
+
+    choice: int
+    text: str
+    logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of one choice."""
+
+    choice: int
+    reason: FinishReason
+    """``STOP`` or ``LENGTH``: everything else is an exception."""
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of a whole request: the last delta of a stream."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int
+    """Of the prompts, how many tokens the prefix cache had."""
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.num_prompt_tokens + other.num_prompt_tokens,
+            self.num_completion_tokens + other.num_completion_tokens,
+            self.num_cached_tokens + other.num_cached_tokens,
+        )
+
+
+Delta = TextDelta | Finished | Usage

@@ -1,0 +1,159 @@
+"""The service: a request's way from text to text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import TypeVar
+
+from lmserve.errors import InvalidRequest, ModelLoadFailed
+from lmserve.service.chat_template import Chat, ChatTemplate, Prompt
+from lmserve.service.deltas import Delta, Usage
+from lmserve.service.log_stream import LogStream
+from lmserve.service.merge import merge
+from lmserve.service.model_text import ModelText
+from lmserve.service.protocols import ModelEntry, Models
+from lmserve.service.request import (
+    COMPLETION_MAX_TOKENS,
+    MAX_TOTAL_CHOICES,
+    GenerationOptions,
+    GenerationRequest,
+    ServedModel,
+    ServerDefaults,
+    make_request,
+)
+from lmserve.service.run import PromptRun
+
+T = TypeVar("T")
+TEXT_THREADS = 2
+"""Encoding releases the interpreter's lock; templates do not, and more threads would not make them faster."""
+
+
+def load_model_text(entry: ModelEntry) -> ModelText:
+    """The text side of a model, read from where the model is."""
+    config = entry.config
+    return ModelText.load(entry.path, trust_remote_code=config.trust_remote_code, revision=config.revision)
+
+
+class GenerationService:
+    """Owns the models' tokenizers and each request from its text to its deltas.
+
+    Tokenizers are loaded at most once each, and all work on whole prompts is done in threads: the event loop only ever
+    sees one token at a time.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        log: LogStream,
+        defaults: ServerDefaults,
+        *,
+        load_text: Callable[[ModelEntry], ModelText] = load_model_text,
+    ) -> None:
+        self._models = models
+        self._log = log
+        self._defaults = defaults
+        self._load_text = load_text
+        self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self._texts: dict[str, asyncio.Task[tuple[ModelText, ChatTemplate]]] = {}
+
+    async def load_texts(self) -> None:
+        """Load the tokenizers of all models.
+
+        Raises:
+            ModelLoadFailed: one of them cannot be read.
+        """
+        await asyncio.gather(*(self._text_of(entry) for entry in self._models.entries()))
+
+    def capabilities(self, entry: ModelEntry) -> list[str]:
+        """What a model can be asked for, as far as is known now."""
+        loading = self._texts.get(entry.model_id)
+        if loading is None or not loading.done() or loading.cancelled() or loading.exception() is not None:
+            return []
+        _, template = loading.result()
+        return ["completion"] if template.source is None else ["chat", "completion"]
+
+    async def prepare_chat(
+        self, request_id: str, model: str | None, chat: Chat, options: GenerationOptions
+    ) -> GenerationRequest:
+        """Render and encode a chat, and check everything.
+
+        Raises:
+            RequestError: the client's mistake, with the field at fault.
+            NotReady: the model cannot be served now.
+        """
+        entry = self._models.resolve(model)
+        engine = entry.engine
+        text, template = await self._text_of(entry)
+
+        def prepare() -> GenerationRequest:
+            return make_request(
+                request_id,
+                ServedModel(entry, engine, text),
+                [template.render(chat)],
+                options,
+                self._defaults,
+                prompt_param="messages",
+                begins_text=not chat.continue_final_message,
+            )
+
+        return await self._in_thread(prepare)
+
+    async def prepare_completion(
+        self, request_id: str, model: str | None, prompts: Sequence[str | list[int]], options: GenerationOptions
+    ) -> GenerationRequest:
+        """Encode the prompts (no template), and check everything. Raises as ``prepare_chat``."""
+        entry = self._models.resolve(model)
+        engine = entry.engine
+        if len(prompts) * (options.n or 1) > MAX_TOTAL_CHOICES:
+            raise InvalidRequest(f"prompt: at most {MAX_TOTAL_CHOICES} choices in all prompts together.", "prompt")
+        text, _ = await self._text_of(entry)
+
+        def prepare() -> GenerationRequest:
+            return make_request(
+                request_id,
+                ServedModel(entry, engine, text),
+                [Prompt(p, text.encode(p)) if isinstance(p, str) else Prompt(None, p) for p in prompts],
+                options,
+                self._defaults,
+                prompt_param="prompt",
+                default_max_tokens=COMPLETION_MAX_TOKENS,
+            )
+
+        return await self._in_thread(prepare)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        """The request's deltas: all choices, then the usage of all prompts together. Closing it cancels the request."""
+        runs = [PromptRun(request, index, self._log).deltas() for index in range(len(request.prompts))]
+        usage = Usage(0, 0, 0)
+        async with aclosing(runs[0] if len(runs) == 1 else merge(runs)) as deltas:
+            async for delta in deltas:
+                if isinstance(delta, Usage):
+                    usage += delta
+                else:
+                    yield delta
+        yield usage
+
+    def close(self) -> None:
+        """End the threads. Work that has begun is not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _text_of(self, entry: ModelEntry) -> tuple[ModelText, ChatTemplate]:
+        """Loaded by whoever comes first; a failure is not remembered."""
+        loading = self._texts.get(entry.model_id)
+        if loading is None:
+            loading = self._texts[entry.model_id] = asyncio.create_task(self._load(entry))
+        return await asyncio.shield(loading)
+
+    async def _load(self, entry: ModelEntry) -> tuple[ModelText, ChatTemplate]:
+        try:
+            text = await self._in_thread(lambda: self._load_text(entry))
+        except Exception as error:
+            del self._texts[entry.model_id]
+            raise ModelLoadFailed(f"The tokenizer of {entry.model_id} cannot be loaded: {error}") from error
+        return text, ChatTemplate(text)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -1,0 +1,125 @@
+"""The log stream: who listens, and what they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+LogEvent = dict[str, Any]
+"""``timestamp`` (milliseconds), ``type``, and what the type says."""
+
+CAPACITY = 256
+
+
+class LogStream:
+    """Owns the subscribers. ``publish`` (on the event loop) never waits, and costs nothing when nobody listens.
+
+    ``capacity``: events that a slow subscriber may be behind; older ones are dropped, and it is told how many.
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._subscriptions: set[Subscription] = set()
+
+    @property
+    def num_subscriptions(self) -> int:
+        return len(self._subscriptions)
+
+    def subscribe(self, types: Iterable[str] = (), *, token_ids: bool = False) -> Subscription:
+        """Listen to events of these types (none given: all) until the subscription is closed.
+
+        ``token_ids``: with the token ids of prompts and outputs, which are left out otherwise.
+        """
+        subscription = Subscription(self, frozenset(types), token_ids, self._capacity)
+        self._subscriptions.add(subscription)
+        return subscription
+
+    def publish(self, build: Callable[[], LogEvent]) -> None:
+        """Tell everyone. ``build`` makes the event, and is called only if there is somebody to tell."""
+        if not self._subscriptions:
+            return
+        event = build()
+        for subscription in self._subscriptions:
+            subscription.put(event)
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        self._subscriptions.discard(subscription)
+
+    def close(self) -> None:
+        """End all subscriptions, so that the server can stop."""
+        for subscription in tuple(self._subscriptions):
+            subscription.close()
+
+
+class Subscription:
+    """One listener's events, oldest first. An iterator that ends when it is closed; also a context manager."""
+
+    def __init__(self, log: LogStream, types: frozenset[str], token_ids: bool, capacity: int) -> None:
+        self._log = log
+        self._types = types
+        self._token_ids = token_ids
+        self._capacity = capacity
+        self._events: deque[LogEvent] = deque()
+        self._num_lost = 0
+        self._closed = False
+        self._changed = asyncio.Event()
+
+    def put(self, event: LogEvent) -> None:
+        """Called by the stream."""
+        if self._types and event["type"] not in self._types:
+            return
+        if len(self._events) == self._capacity:
+            self._events.popleft()
+            self._num_lost += 1
+        self._events.append(event if self._token_ids else _without_token_ids(event))
+        self._changed.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._log.unsubscribe(self)
+        self._changed.set()
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __aiter__(self) -> AsyncIterator[LogEvent]:
+        return self
+
+    async def __anext__(self) -> LogEvent:
+        while not self._events and not self._closed:
+            self._changed = asyncio.Event()
+            await self._changed.wait()
+        if self._num_lost:
+            lost, self._num_lost = self._num_lost, 0
+            return lost_events(lost)
+        if not self._events:
+            raise StopAsyncIteration
+        return self._events.popleft()
+
+
+def lost_events(count: int) -> LogEvent:
+    """What a listener that was too slow is told."""
+    return {
+        "timestamp": now_ms(),
+        "type": "server.log",
+        "level": "warning",
+        "message": f"{count} events were dropped because this listener is slow.",
+        "lost": count,
+    }
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _without_token_ids(event: LogEvent) -> LogEvent:
+    return {key: value for key, value in event.items() if key != "tokenIds"}

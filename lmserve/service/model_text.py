@@ -1,0 +1,145 @@
+"""Everything textual about one model: tokenizer, chat template, end-of-sequence ids, sampling defaults."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lmserve.errors import InvalidRequest
+from lmserve.sampling_params import SamplingParams
+from lmserve.service.detokenizer import ByteDetokenizer, IncrementalDetokenizer, PrefixDetokenizer
+from lmserve.service.token_table import TokenTable, build_token_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What a parameter is when the request does not say. None: not said here either."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+class ModelText:
+    """One model's words. Made once, off the event loop; safe to use from several threads.
+
+    A transformers tokenizer is not: it sets its backend's flags at each call. So plain text goes straight to the
+    backend, whose flags are set once, here; whatever needs more has a copy of its own behind a lock.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, eos_token_ids: Sequence[int] = (), defaults: SamplingDefaults | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.table: TokenTable = build_token_table(tokenizer)
+        self.eos_token_ids = sorted({*eos_token_ids, *_as_list(tokenizer.eos_token_id)})
+        self.defaults = defaults or SamplingDefaults()
+        self._lock = threading.Lock()
+        self._encoder: Any = None
+        self._backend: Any = None
+        if tokenizer.is_fast:
+            self._backend = tokenizer.backend_tokenizer
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = False
+
+    @classmethod
+    def load(cls, path: str, *, trust_remote_code: bool = False, revision: str = "") -> ModelText:
+        """Read the tokenizer of a model and its ``generation_config.json``.
+
+        ``path``: a local folder, a GGUF file or a hub name. Takes seconds: transformers' tokenizers import torch.
+        """
+        from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds, and only the serving process needs it)
+
+        location = Path(path)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+        if location.is_file():
+            tokenizer = AutoTokenizer.from_pretrained(str(location.parent), gguf_file=location.name, **options)
+            return cls(tokenizer)
+        generation = _read_json(path, "generation_config.json", options["revision"])
+        model = _read_json(path, "config.json", options["revision"])
+        eos = _as_list(generation.get("eos_token_id", model.get("eos_token_id")))
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        return cls(tokenizer, eos_token_ids=eos, defaults=sampling_defaults(generation))
+
+    def encode(self, text: str) -> list[int]:
+        """A text that begins a sequence, with the tokenizer's own special tokens (most often one at the beginning).
+
+        A beginning-of-sequence token that the text already has is not doubled.
+        """
+        token_ids = self._encode(text, add_special_tokens=True)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and token_ids[:2] == [bos, bos] and text.startswith(self.tokenizer.bos_token):
+            del token_ids[0]
+        return token_ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """A rendered chat: the template wrote the special tokens."""
+        return self._encode(text, add_special_tokens=False)
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
+        """Render and encode at once: control tokens that stand in the messages become ordinary text."""
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = copy.deepcopy(self.tokenizer)
+            token_ids = self._encoder.apply_chat_template(
+                list(messages), tokenize=True, return_dict=False, sanitize_control_tokens=True, **options
+            )
+        return list(token_ids)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence."""
+        if self._backend is not None:
+            return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        with self._lock:
+            return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def detokenizer(self, *, begins_text: bool) -> IncrementalDetokenizer:
+        """For one choice. ``begins_text``: its output is a text of its own, not the continuation of one."""
+        if self.table.concatenates:
+            return ByteDetokenizer(self.table, drop_first_space=begins_text and self.table.drops_first_space)
+        return PrefixDetokenizer(self.decode)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self._backend is not None:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        with self._lock:
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def sampling_defaults(generation_config: dict[str, Any]) -> SamplingDefaults:
+    """A generation config's sampling parameters; those that no request could ask for are left out."""
+    defaults = SamplingDefaults()
+    for name in SamplingDefaults.__dataclass_fields__:
+        value = generation_config.get(name)
+        if value is None:
+            continue
+        try:
+            SamplingParams(max_tokens=1, **{name: value})
+        except (InvalidRequest, TypeError):
+            continue
+        defaults = replace(defaults, **{name: value})
+    return defaults
+
+
+def _read_json(path: str, name: str, revision: str) -> dict[str, Any]:
+    """A file of a model's folder or hub repository; empty if there is none."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415  (as above)
+
+    file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    content = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _as_list(token_ids: int | list[int] | None) -> list[int]:
+    if token_ids is None:
+        return []
+    return [token_ids] if isinstance(token_ids, int) else list(token_ids)

@@ -1,0 +1,80 @@
+"""What service and api need of the rooms below them: the models and one model's engine, as protocols."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from lmserve.config import ModelConfig
+from lmserve.engine.messages import AddRequest
+from lmserve.outputs import RequestOutput
+from lmserve.runtime.interface import RunnerInfo
+
+
+class Engine(Protocol):
+    """One model's engine, seen from the API process."""
+
+    @property
+    def info(self) -> RunnerInfo: ...
+
+    def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+        """The request's news, until each of its choices has a finish reason. Closing the generator cancels the request.
+
+        Raises:
+            Unavailable: the engine does not take the request now.
+            WorkerDied: the worker ended meanwhile.
+        """
+        ...
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        """Stop a request, or one of its choices; unknown ones are ignored."""
+        ...
+
+
+class ModelEntry(Protocol):
+    """One model that the server knows."""
+
+    @property
+    def model_id(self) -> str: ...
+
+    @property
+    def path(self) -> str:
+        """Local folder, GGUF file or hub name."""
+        ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def created(self) -> int:
+        """Unix time in seconds."""
+        ...
+
+    @property
+    def state(self) -> str:
+        """loading, loaded or failed."""
+        ...
+
+    @property
+    def info(self) -> RunnerInfo | None:
+        """Known once the model is loaded."""
+        ...
+
+    @property
+    def engine(self) -> Engine:
+        """Raises ``NotReady`` while the model cannot be served."""
+        ...
+
+
+class Models(Protocol):
+    """The models of this server."""
+
+    def entries(self) -> Sequence[ModelEntry]: ...
+
+    def resolve(self, name: str | None) -> ModelEntry:
+        """The model that serves a name. Raises ``ModelNotFound`` or ``NotReady``."""
+        ...
+
+    def problem(self) -> str | None:
+        """Why the server cannot answer now, or None."""
+        ...

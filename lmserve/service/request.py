@@ -1,0 +1,227 @@
+"""A request that is ready to run: everything a user can get wrong has been refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lmserve.errors import ContextLengthExceeded, InvalidRequest
+from lmserve.runtime.interface import RunnerInfo
+from lmserve.sampling_params import SamplingParams
+from lmserve.service.chat_template import Prompt
+from lmserve.service.model_text import ModelText, SamplingDefaults
+from lmserve.service.protocols import Engine, ModelEntry
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_TOTAL_CHOICES = 2048
+"""Prompts times choices of one request."""
+COMPLETION_MAX_TOKENS = 16
+"""OpenAI's default for completions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions:
+    """Sampling parameters as asked for; None is not asked for. Types are checked, ranges are not."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: int | None = None
+    """-1 is no limit."""
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    n: int | None = None
+    logprobs: int | None = None
+    priority: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that answers: its entry, its engine, its text."""
+
+    entry: ModelEntry
+    engine: Engine
+    text: ModelText
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One or more prompts to one model; choice ``i`` of prompt ``p`` has the number ``p * n + i``."""
+
+    request_id: str
+    model: ServedModel
+    prompts: tuple[Prompt, ...]
+    sampling: tuple[SamplingParams, ...]
+    """One for each prompt: they differ in ``max_tokens`` and in a seed that was drawn."""
+    stop: tuple[str, ...]
+    priority: int
+    begins_text: bool
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and output of one choice may have together."""
+        return context_length(self.model.engine.info)
+
+    @property
+    def fingerprint(self) -> str:
+        """While it stays, a seed promises the same answer."""
+        return self.model.engine.info.fingerprint
+
+    @property
+    def n(self) -> int:
+        """Choices of each prompt."""
+        return self.sampling[0].n
+
+    @property
+    def num_choices(self) -> int:
+        return self.n * len(self.prompts)
+
+
+class ServerDefaults(Protocol):
+    """The server's configuration of sampling defaults; None leaves it to the model."""
+
+    @property
+    def default_temperature(self) -> float | None: ...
+    @property
+    def default_top_p(self) -> float | None: ...
+    @property
+    def default_top_k(self) -> int | None: ...
+    @property
+    def default_min_p(self) -> float | None: ...
+    @property
+    def default_repeat_penalty(self) -> float | None: ...
+
+
+def context_length(info: RunnerInfo) -> int:
+    """Tokens that prompt and output of one sequence may have together: the model's limit or the KV cache's."""
+    return min(info.max_model_len, info.kv_cache_tokens)
+
+
+def make_request(
+    request_id: str,
+    model: ServedModel,
+    prompts: Sequence[Prompt],
+    options: GenerationOptions,
+    defaults: ServerDefaults,
+    *,
+    prompt_param: str,
+    default_max_tokens: int | None = None,
+    begins_text: bool = False,
+) -> GenerationRequest:
+    """The request, with everything checked that a user can get wrong.
+
+    ``default_max_tokens``: None is as many as the context leaves. ``begins_text``: the output does not continue a text.
+    ``prompt_param`` is the field to blame for the prompts.
+
+    Raises:
+        InvalidRequest: a value is out of range.
+        ContextLengthExceeded: prompt and output do not fit.
+    """
+    info = model.engine.info
+    _check_stop(options.stop)
+    _check_token_ids(options, info.vocab_size)
+    for prompt in prompts:
+        _check_prompt(prompt, info.vocab_size, prompt_param)
+
+    def max_tokens(prompt: Prompt) -> int:
+        return _max_tokens(options, len(prompt.token_ids), context_length(info), default_max_tokens, prompt_param)
+
+    sampling = [resolve_sampling(options, max_tokens(prompt), model.text.defaults, defaults) for prompt in prompts]
+    return GenerationRequest(
+        request_id=request_id,
+        model=model,
+        prompts=tuple(prompts),
+        sampling=tuple(sampling),
+        stop=options.stop,
+        priority=options.priority or 0,
+        begins_text=begins_text,
+    )
+
+
+def resolve_sampling(
+    options: GenerationOptions, max_tokens: int, model: SamplingDefaults, server: ServerDefaults
+) -> SamplingParams:
+    """Concrete sampling parameters: the request's word, else the server's, else the model's, else OpenAI's.
+
+    Raises:
+        InvalidRequest: a value is out of range.
+    """
+    seed = random.getrandbits(53) if options.seed is None else options.seed  # 53: what a JavaScript number can hold
+    values: dict[str, Any] = {
+        "temperature": _first(options.temperature, server.default_temperature, model.temperature),
+        "top_p": _first(options.top_p, server.default_top_p, model.top_p),
+        "top_k": _first(options.top_k, server.default_top_k, model.top_k),
+        "min_p": _first(options.min_p, server.default_min_p, model.min_p),
+        "typical_p": _first(options.typical_p, model.typical_p),
+        "repetition_penalty": _first(
+            options.repetition_penalty, server.default_repeat_penalty, model.repetition_penalty
+        ),
+        "presence_penalty": options.presence_penalty,
+        "frequency_penalty": options.frequency_penalty,
+        "min_tokens": options.min_tokens,
+        "ignore_eos": options.ignore_eos,
+        "n": options.n,
+        "logprobs": options.logprobs,
+    }
+    if values["top_k"] == -1:
+        values["top_k"] = 0
+    return SamplingParams(
+        max_tokens=max_tokens,
+        seed=seed - 2**64 if seed >= 2**63 else seed,
+        logit_bias=tuple(options.logit_bias.items()),
+        stop_token_ids=options.stop_token_ids,
+        **{name: value for name, value in values.items() if value is not None},
+    )
+
+
+def _check_prompt(prompt: Prompt, vocab_size: int, param: str) -> None:
+    if not prompt.token_ids:
+        raise InvalidRequest(f"{param}: an empty prompt cannot be continued.", param)
+    if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= vocab_size:
+        raise InvalidRequest(f"{param} holds token ids outside of the vocabulary, which has {vocab_size}.", param)
+
+
+def _check_token_ids(options: GenerationOptions, vocab_size: int) -> None:
+    for param, token_ids in (("logit_bias", options.logit_bias), ("stop_token_ids", options.stop_token_ids)):
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequest(f"{param}: {token_id} is no token id; the vocabulary has {vocab_size}.", param)
+
+
+def _check_stop(stop: tuple[str, ...]) -> None:
+    """Refuse stop strings that are too many, too long, or empty."""
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"stop may have at most {MAX_STOP_STRINGS} strings, got {len(stop)}.", "stop")
+    if not all(0 < len(s) <= MAX_STOP_CHARACTERS for s in stop):
+        raise InvalidRequest(f"Each stop string must have 1 to {MAX_STOP_CHARACTERS} characters.", "stop")
+
+
+def _max_tokens(options: GenerationOptions, used: int, limit: int, default: int | None, prompt_param: str) -> int:
+    asked = default if options.max_tokens is None else options.max_tokens
+    if asked is None or asked == -1:
+        if used >= limit:
+            raise ContextLengthExceeded(limit=limit, num_prompt_tokens=used, max_tokens=1, param=prompt_param)
+        return limit - used
+    if asked < 1:
+        raise InvalidRequest(f"max_tokens must be at least 1, or -1 for no limit, got {asked}.", "max_tokens")
+    if used + asked > limit:
+        if options.max_tokens is None and used < limit:
+            return limit - used
+        raise ContextLengthExceeded(limit=limit, num_prompt_tokens=used, max_tokens=asked, param=prompt_param)
+    return asked
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)

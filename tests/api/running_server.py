@@ -1,0 +1,117 @@
+"""The real application on a real server on a free port, over the stub engine, with SmolLM2's tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import httpx
+import openai
+import uvicorn
+
+from lmserve.api.app import create_app
+from lmserve.service.generation import GenerationService
+from lmserve.service.log_stream import LogStream
+from tests.api.stub_engine import Script, Settings, StubEngine, StubEntry, StubModels, runner_info
+from tests.service import tokenizers_for_tests as made
+
+PATIENCE = 20.0
+"""Seconds that anything may take before a test is wrong."""
+
+
+def says(*texts: str) -> Script:
+    """A model that answers with these texts: choice i with the i-th, and the last from there on."""
+    model = made.smollm2()
+    return lambda request, choice: [*model.encode_rendered(texts[min(choice, len(texts) - 1)]), *model.eos_token_ids]
+
+
+def goes_on(request: object, choice: int) -> list[int]:
+    """A model that has no end."""
+    return made.smollm2().encode_rendered(" word") * 1000
+
+
+@dataclass
+class RunningServer:
+    """A server and its parts."""
+
+    url: str
+    entry: StubEntry
+    log: LogStream
+
+    @property
+    def engine(self) -> StubEngine:
+        return self.entry.loaded_engine
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
+
+    @property
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
+
+    @property
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=PATIENCE)
+
+    def get(self, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
+        with self.http as http:
+            return http.get(path, headers=headers)
+
+    def post(self, path: str, body: object, headers: dict[str, str] | None = None) -> httpx.Response:
+        with self.http as http:
+            return http.post(path, json=body, headers=headers)
+
+    def post_bytes(self, body: bytes, content_type: str = "application/json") -> httpx.Response:
+        """To the chat endpoint, as it is."""
+        with self.http as http:
+            return http.post("/v1/chat/completions", content=body, headers={"content-type": content_type})
+
+    def chat(self, **fields: object) -> httpx.Response:
+        """A short chat, with these fields besides."""
+        return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], **fields})
+
+    def complete(self, **fields: object) -> httpx.Response:
+        return self.post("/v1/completions", {"prompt": "Once", **fields})
+
+    def reset(self) -> None:
+        """A fresh engine; the server goes on."""
+        self.entry.loaded_engine = StubEngine(runner_info(), says("Hello there!"))
+        self.entry.state = "loaded"
+
+
+@contextlib.contextmanager
+def running_server(settings: Settings | None = None) -> Iterator[RunningServer]:
+    """Starts it in a thread, and ends it."""
+    entry, log = StubEntry(StubEngine(runner_info(), says("Hello there!"))), LogStream()
+    models = StubModels(entry)
+    config = settings or Settings()
+    service = GenerationService(models, log, config, load_text=lambda _: made.smollm2())
+    made.smollm2()
+    app = create_app(service, models, log, config)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", http="httptools"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+        thread.start()
+        try:
+            wait_until(lambda: server.started)
+            yield RunningServer(f"http://127.0.0.1:{port}", entry, log)
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)
+            service.close()
+    assert not thread.is_alive()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Other threads make it true; if they do not, the test fails."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.005)

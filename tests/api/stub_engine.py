@@ -1,0 +1,164 @@
+"""A small engine that answers from a script, and the models around it. No tensor, the same protocol as the real one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from lmserve.config import ModelConfig
+from lmserve.engine.messages import AddRequest
+from lmserve.errors import LMServeError, ModelNotFound, NotReady
+from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
+from lmserve.runtime.interface import RunnerInfo
+
+Script = Callable[[AddRequest, int], Sequence[int]]
+"""Request and choice -> the tokens that the model would sample, without end."""
+
+
+def runner_info(*, vocab_size: int = 49152, max_model_len: int = 512, num_blocks: int = 64) -> RunnerInfo:
+    return RunnerInfo(
+        architecture="Stub",
+        device="cpu",
+        dtype="float32",
+        attention_backend="none",
+        lane="none",
+        num_parameters=0,
+        weight_bytes=0,
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        block_size=16,
+        num_blocks=num_blocks,
+        kv_cache_bytes=0,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        fingerprint="fp_stub",
+    )
+
+
+class StubEngine:
+    """Gives each choice one scripted token a step, up to its end of sequence, stop token, ``max_tokens`` or cancel.
+
+    ``requests`` are those that came, ``closed`` the ids of those whose generator ended early, ``cancelled`` what
+    ``cancel`` was called with. ``error`` is raised, or told of as an output where it is a string, after ``error_after``
+    steps; ``pause`` is between two steps, in seconds.
+    """
+
+    def __init__(self, info: RunnerInfo, script: Script) -> None:
+        self.info = info
+        self.script = script
+        self.pause = 0.0
+        self.error: LMServeError | str | None = None
+        self.error_after = 0
+        self.num_cached_tokens = 0
+        self.requests: list[AddRequest] = []
+        self.closed: list[str] = []
+        self.cancelled: list[tuple[str, int | None]] = []
+        self.num_steps = 0
+
+    async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+        self.requests.append(request)
+        scripts = {choice: list(self.script(request, choice)) for choice in range(request.sampling.n)}
+        step = 0
+        try:
+            while scripts:
+                if self.error is not None and step == self.error_after:
+                    yield self._fail(request, self.error)
+                if self.pause or step % 16 == 0:
+                    await asyncio.sleep(self.pause)
+                self.num_steps += 1
+                for choice in list(scripts):
+                    output = self._output(request, choice, scripts[choice], step)
+                    if output.finish_reason is not None:
+                        del scripts[choice]
+                    yield output
+                step += 1
+        finally:
+            if scripts:
+                self.closed.append(request.request_id)
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        self.cancelled.append((request_id, choice))
+
+    def _fail(self, request: AddRequest, error: LMServeError | str) -> RequestOutput:
+        if isinstance(error, LMServeError):
+            raise error
+        return RequestOutput(request.request_id, 0, finish_reason=FinishReason.ERROR, error=error)
+
+    def _output(self, request: AddRequest, choice: int, script: list[int], step: int) -> RequestOutput:
+        sampling = request.sampling
+        if (request.request_id, choice) in self.cancelled:
+            return RequestOutput(request.request_id, choice, finish_reason=FinishReason.ABORT)
+        token_id = script[step]
+        stops = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else request.eos_token_ids)}
+        reason = None
+        if token_id in stops and step + 1 >= sampling.min_tokens:
+            reason = FinishReason.STOP
+        elif step + 1 == sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if sampling.logprobs is not None:
+            top = tuple((token_id + i, -0.5 - i) for i in range(sampling.logprobs))
+            logprobs = (TokenLogprobs(-0.5, top),)
+        return RequestOutput(request.request_id, choice, (token_id,), logprobs, self.num_cached_tokens, reason)
+
+
+@dataclass
+class StubEntry:
+    """A model that is loaded, unless ``state`` says otherwise."""
+
+    loaded_engine: StubEngine
+    config: ModelConfig = field(default_factory=lambda: ModelConfig(model="/models/stub", model_id="org/stub"))
+    state: str = "loaded"
+    created: int = 1_700_000_000
+
+    @property
+    def model_id(self) -> str:
+        return self.config.model_id
+
+    @property
+    def path(self) -> str:
+        return self.config.model
+
+    @property
+    def info(self) -> RunnerInfo | None:
+        return self.loaded_engine.info if self.state == "loaded" else None
+
+    @property
+    def engine(self) -> StubEngine:
+        if self.state != "loaded":
+            raise NotReady(f"Model {self.model_id} is {self.state}.", retry_after=2.5)
+        return self.loaded_engine
+
+
+class StubModels:
+    """One model that answers to its id, to the id's last part, and to no name."""
+
+    def __init__(self, entry: StubEntry) -> None:
+        self.entry = entry
+
+    def entries(self) -> list[StubEntry]:
+        return [self.entry]
+
+    def resolve(self, name: str | None) -> StubEntry:
+        if name in (None, "stub", self.entry.model_id):
+            return self.entry
+        raise ModelNotFound(f"Model {name!r} is not loaded. Your models: {self.entry.model_id}.", "model")
+
+    def problem(self) -> str | None:
+        return None if self.entry.state == "loaded" else f"model {self.entry.model_id} is {self.entry.state}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The configuration that api and service read."""
+
+    api_key: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 2**20
+    keep_alive_seconds: float = 10.0
+    default_temperature: float | None = None
+    default_top_p: float | None = None
+    default_top_k: int | None = None
+    default_min_p: float | None = None
+    default_repeat_penalty: float | None = None

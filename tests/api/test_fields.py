@@ -1,0 +1,187 @@
+"""Nothing is dropped silently: each field is honoured, refused by name, or reported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lmserve.api.schema.fields import CHAT_REFUSED, COMPLETION_REFUSED
+from tests.api.running_server import RunningServer
+
+REFUSED_IN_CHAT: list[tuple[str, Any]] = [
+    ("tools", [{"type": "function", "function": {"name": "f"}}]),
+    ("tool_choice", "required"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+    ("functions", [{"name": "f"}]),
+    ("function_call", {"name": "f"}),
+    ("parallel_tool_calls", "yes"),
+    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "json_schema", "json_schema": {}}),
+    ("reasoning_effort", "low"),
+    ("audio", {"voice": "alloy", "format": "wav"}),
+    ("modalities", ["text", "audio"]),
+    ("prediction", {"type": "content", "content": "x"}),
+    ("web_search_options", {}),
+    ("draft_model", "small"),
+    ("ttl", 60),
+    ("keep_alive", "5m"),
+    ("images", ["data:"]),
+    ("echo", True),
+]
+REFUSED_IN_COMPLETIONS: list[tuple[str, Any]] = [
+    ("echo", True),
+    ("suffix", "end"),
+    ("draft_model", "small"),
+    ("ttl", 60),
+    ("keep_alive", 1),
+    ("response_format", {"type": "json_object"}),
+    ("images", ["data:"]),
+]
+
+
+def error_of(response: Any, status: int = 400) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def test_the_lists_here_are_complete() -> None:
+    assert {name for name, _ in REFUSED_IN_CHAT} == set(CHAT_REFUSED)
+    assert {name for name, _ in REFUSED_IN_COMPLETIONS} == set(COMPLETION_REFUSED)
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED_IN_CHAT)
+def test_refused_in_chat(server: RunningServer, name: str, value: Any) -> None:
+    error = error_of(server.chat(**{name: value}))
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+    assert name in error["message"]
+    assert server.engine.requests == []
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED_IN_COMPLETIONS)
+def test_refused_in_completions(server: RunningServer, name: str, value: Any) -> None:
+    error = error_of(server.complete(**{name: value}))
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+def test_values_that_ask_for_nothing(server: RunningServer) -> None:
+    harmless = {name: refused.harmless[0] for name, refused in CHAT_REFUSED.items() if refused.harmless}
+    response = server.chat(**harmless, logprobs=False, top_logprobs=0, chat_template_kwargs={})
+    assert response.status_code == 200
+    assert "x-lmserve-ignored" not in response.headers
+    assert server.complete(echo=False, suffix="", best_of=1, logprobs=None).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_without_effect_are_reported(server: RunningServer, stream: bool) -> None:
+    response = server.chat(
+        stream=stream,
+        user="ann",
+        store=True,
+        metadata={"a": 1},
+        my_field=[1],
+        stream_options={"include_obfuscation": False},
+    )
+    assert response.status_code == 200
+    reported = response.headers["x-lmserve-ignored"].split(", ")
+    assert reported == ["user", "store", "metadata", "my_field", "stream_options.include_obfuscation"]
+
+
+def test_a_reported_name_cannot_break_the_header(server: RunningServer) -> None:
+    response = server.chat(**{"a\r\nset-cookie: x": 1, "\u00fc": 1})
+    assert response.headers["x-lmserve-ignored"] == "a%0D%0Aset-cookie%3A%20x, %C3%BC"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"typical_p": 0}, "typical_p"),
+        ({"repeat_penalty": 0}, "repeat_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1.1, "repeat_penalty": 1.2}, "repetition_penalty"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": "x"}}, "logit_bias.5"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"49152": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 10**30}, "seed"),
+        ({"seed": 1e300}, "seed"),
+        ({"stop": 3}, "stop"),
+        ({"stop": ["a", 3]}, "stop[1]"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [10**9]}, "stop_token_ids"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "10"}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"priority": 2**40}, "priority"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"model": 3}, "model"),
+    ],
+)
+def test_malformed_in_both(server: RunningServer, fields: dict[str, Any], param: str) -> None:
+    for error in (error_of(server.chat(**fields)), error_of(server.complete(**fields))):
+        assert error["param"] == param
+        assert error["type"] == "invalid_request_error"
+        assert param in error["message"]
+        for python_name in ("float", "str`", "dict", "NoneType", "bool "):
+            assert python_name not in error["message"]
+    assert server.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": "hi"}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [3]}, "messages[0]"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": 3, "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"top_logprobs": 5}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"add_generation_prompt": "no"}, "add_generation_prompt"),
+    ],
+)
+def test_malformed_in_chat(server: RunningServer, fields: dict[str, Any], param: str) -> None:
+    assert error_of(server.chat(**fields))["param"] == param
+
+
+@pytest.mark.parametrize(("logprobs", "param"), [(21, "logprobs"), (True, "logprobs"), (-1, "logprobs")])
+def test_malformed_in_completions(server: RunningServer, logprobs: Any, param: str) -> None:
+    assert error_of(server.complete(logprobs=logprobs))["param"] == param
+
+
+def test_a_required_field(server: RunningServer) -> None:
+    error = error_of(server.post("/v1/chat/completions", {}))
+    assert (error["param"], error["message"]) == ("messages", "messages is required.")

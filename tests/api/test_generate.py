@@ -1,0 +1,121 @@
+"""One answer's life on the wire: keep-alive, errors before and after the headers, clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from lmserve.api.generate import clamp_logprob
+from lmserve.errors import LMServeError, QueueFull, StepFailed, WorkerDied
+from tests.api.running_server import PATIENCE, RunningServer, goes_on, running_server, wait_until
+from tests.api.stub_engine import Settings
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture(scope="module")
+def lively_server() -> Iterator[RunningServer]:
+    """One that says it is alive every twentieth of a second."""
+    with running_server(Settings(keep_alive_seconds=0.05)) as server:
+        yield server
+
+
+def test_minus_infinity_is_a_number() -> None:
+    """JSON has no infinity, and null is no log-probability."""
+    assert json.dumps(clamp_logprob(float("-inf"))) == "-9999.0"
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_client_that_leaves_a_stream(server: RunningServer, path: str, choices: int) -> None:
+    server.engine.script, server.engine.pause = goes_on, 0.002
+    body = {**CHAT, "n": choices} if "chat" in path else {"prompt": ["a"] * choices, "max_tokens": 400}
+    with server.http as http, http.stream("POST", path, json={**body, "stream": True}) as response:
+        next(response.iter_bytes())
+    wait_until(lambda: len(server.engine.closed) == len(server.engine.requests) > 0)
+    assert server.engine.num_steps < 400 * len(server.engine.requests), "it was stopped, it did not end"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_the_first_token(server: RunningServer, stream: bool) -> None:
+    """Without headers or anything else written, only the closed connection says so."""
+    server.engine.pause = PATIENCE
+
+    async def scenario() -> None:
+        async with httpx.AsyncClient(base_url=server.url) as http:
+            asking = asyncio.create_task(http.post("/v1/chat/completions", json={**CHAT, "stream": stream}))
+            while not server.engine.requests:
+                await asyncio.sleep(0.005)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+    wait_until(lambda: server.engine.closed)
+
+
+def test_an_error_before_the_first_token_has_its_own_status(server: RunningServer) -> None:
+    server.engine.error = QueueFull("The queue is full: 7 wait, the limit is 7.", retry_after=1.5)
+    for stream in (False, True):
+        response = server.chat(stream=stream)
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "2"
+        assert response.headers["retry-after-ms"] == "1500"
+        assert "7 wait" in response.json()["error"]["message"]
+    with pytest.raises(openai.RateLimitError):
+        server.client.completions.create(model="stub", prompt="x", stream=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (WorkerDied("The worker ended."), "service_unavailable", "The worker ended."),
+        ("out of memory", "server_error", "out of memory"),
+    ],
+)
+def test_an_error_within_a_stream_is_an_event_and_the_end(
+    server: RunningServer, error: LMServeError | str, kind: str, message: str
+) -> None:
+    server.engine.error, server.engine.error_after = error, 2
+    response = server.chat(stream=True)
+    assert response.status_code == 200
+    *_, last = [block for block in response.text.split("\n\n") if block]
+    told = json.loads(last.removeprefix("data: "))["error"]
+    assert (told["type"], told["message"]) == (kind, message)
+    with pytest.raises(openai.APIError, match=message):
+        list(server.client.completions.create(model="stub", prompt="x", stream=True))
+
+
+@pytest.mark.parametrize(("error", "status"), [(WorkerDied("gone"), 503), (StepFailed("lost"), 500), ("lost", 500)])
+def test_an_error_within_a_whole_answer(server: RunningServer, error: LMServeError | str, status: int) -> None:
+    server.engine.error, server.engine.error_after = error, 2
+    assert server.chat().status_code == status
+
+
+def test_a_silent_stream_says_that_it_is_alive(lively_server: RunningServer) -> None:
+    lively_server.reset()
+    lively_server.engine.pause = 0.3
+    response = lively_server.chat(stream=True, max_tokens=2)
+    before, _, after = response.text.partition("data: ")
+    assert set(filter(None, before.split("\n\n"))) == {": keep-alive"}, "the first token took longer"
+    assert ": keep-alive\n\n" in after, "so did the second"
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_late_error_is_told_within_the_stream(lively_server: RunningServer) -> None:
+    """The headers are gone when it comes."""
+    lively_server.reset()
+    lively_server.engine.pause = 0.3
+    lively_server.engine.error, lively_server.engine.error_after = WorkerDied("gone"), 1
+    response = lively_server.complete(stream=True)
+    assert response.status_code == 200
+    assert '"message":"gone"' in response.text
+    assert "[DONE]" not in response.text
+
+
+def test_a_busy_stream_sends_no_comments(server: RunningServer) -> None:
+    assert ": keep-alive" not in server.chat(stream=True).text

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lmserve.errors import InvalidRequest, RequestError, UnsupportedField
+from lmserve.service.messages import normalize_messages
+
+
+def one(message: dict[str, Any], template: str = "") -> dict[str, Any]:
+    [normalized] = normalize_messages([message], template)
+    return normalized
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("hi", "hi"),
+        ("", ""),
+        (None, ""),
+        ([], ""),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "a\nb"),
+    ],
+)
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_content_of_every_shape_in_every_role(role: str, content: object, text: str) -> None:
+    assert one({"role": role, "content": content}) == {"role": role, "content": text}
+
+
+def test_absent_content_is_empty() -> None:
+    assert one({"role": "assistant"}) == {"role": "assistant", "content": ""}
+
+
+def test_roles_that_the_template_does_not_mention_are_renamed() -> None:
+    assert one({"role": "developer", "content": ""})["role"] == "system"
+    assert one({"role": "function", "content": ""})["role"] == "tool"
+    assert one({"role": "developer", "content": ""}, "{% if role == 'developer' %}")["role"] == "developer"
+
+
+def test_unknown_keys_reach_the_template_and_null_is_absent() -> None:
+    message = {"role": "user", "content": "x", "name": "Ann", "refusal": None, "mood": "good"}
+    assert one(message) == {"role": "user", "content": "x", "name": "Ann", "mood": "good"}
+
+
+def test_arguments_of_tool_calls_become_objects() -> None:
+    def call(arguments: object) -> dict[str, Any]:
+        return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+    normalized = one({"role": "assistant", "tool_calls": [call('{"x": 1}'), call(""), call("{broken")]})
+    assert [c["function"]["arguments"] for c in normalized["tool_calls"]] == [{"x": 1}, {}, "{broken"]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"content": "x"}, "messages[0].role"),
+        ({"role": "wizard", "content": "x"}, "messages[0].role"),
+        ({"role": ["user"], "content": "x"}, "messages[0].role"),
+        ({"role": "user", "content": 3}, "messages[0].content"),
+        ({"role": "user", "content": [3]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [{"text": "x"}]}, "messages[0].content[0].type"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
+        ({"role": "assistant", "tool_calls": {}}, "messages[0].tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "messages[0].tool_calls[0].function"),
+    ],
+)
+def test_what_is_malformed_is_named(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        one(message)
+    assert caught.value.param == param
+
+
+def test_an_image_is_refused_by_its_path() -> None:
+    parts = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:"}}]
+    with pytest.raises(UnsupportedField) as caught:
+        one({"role": "user", "content": parts})
+    assert caught.value.param == "messages[0].content[1]"
+
+
+def test_no_messages() -> None:
+    with pytest.raises(InvalidRequest, match="at least one"):
+        normalize_messages([], "")
+
+
+def test_deep_nesting_is_refused() -> None:
+    deep: Any = "x"
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(RequestError, match="levels deep"):
+        one({"role": "user", "content": "x", "extra": deep})
