@@ -65,6 +65,7 @@ async def _serve(config: Config, sock: socket.socket) -> int:
         for task in (loaded, stop):
             task.cancel()
         await asyncio.gather(http, loaded, stop, return_exceptions=True)
+        service.close()
         await models.stop()
 
 

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
+MAX_LOADING_DEATHS = 3
+"""Workers in a row that may die while loading (killed for memory, say) before the model is given up."""
 STABLE_SECONDS = 60.0
 """A worker that lived this long is forgiven its predecessors' deaths."""
 
@@ -158,6 +160,7 @@ class ModelManager:
 
     async def _supervise(self, entry: ModelEntry) -> None:
         backoff = FIRST_BACKOFF_SECONDS
+        loading_deaths = 0
         while True:
             began = time.monotonic()
             try:
@@ -167,6 +170,10 @@ class ModelManager:
                 return
             except WorkerDied as error:
                 reason = str(error)
+            loading_deaths = 0 if entry.state == "loaded" else loading_deaths + 1
+            if loading_deaths == MAX_LOADING_DEATHS:
+                await self._set_state(entry, "failed", reason)
+                return
             if time.monotonic() - began > STABLE_SECONDS:
                 backoff = FIRST_BACKOFF_SECONDS
             logger.error("%s It is started again in %.1f s.", reason, backoff)

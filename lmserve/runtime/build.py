@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ from lmserve.runtime.loader import fingerprint, load_model, native_context_lengt
 from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
 from lmserve.runtime.model_runner import PackedModelRunner
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
+from lmserve.runtime.prepack import prepack
 from lmserve.runtime.rope import pin_rope
 from lmserve.runtime.sampler import Sampler
 from lmserve.runtime.sampling_state import SamplingState
@@ -28,6 +29,14 @@ CPU_BATCHED_TOKENS = 512
 GPU_BATCHED_TOKENS = 4096
 
 Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What was loaded, counted before any weight is brought into another layout."""
+
+    num_parameters: int
+    num_bytes: int
 
 
 def build_runner(config: ModelConfig, progress: Progress = lambda stage, fraction: None) -> PackedModelRunner:
@@ -51,6 +60,11 @@ def assemble_runner(
     model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype, progress: Progress = lambda stage, fraction: None
 ) -> PackedModelRunner:
     """A runner around a model that is on its device. Raises as ``build_runner`` does."""
+    weights = Weights(
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
+    prepack(model, model.device, dtype)
     lane = PackedLane(model)
     try:
         shapes = lane.probe()
@@ -77,7 +91,7 @@ def assemble_runner(
     if config.self_check:
         progress("comparing with the stock forward", 0.9)
         _check(lane, config, vocab_size, size.num_blocks * config.block_size, dtype)
-    info = _describe(model, config, size, backend.name, dtype, size.num_blocks * bytes_per_block)
+    info = _describe(model, config, weights, size, backend.name, size.num_blocks * bytes_per_block)
     state = SamplingState(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size, device=model.device)
     return PackedModelRunner(lane, Sampler(state), state, info)
 
@@ -85,11 +99,12 @@ def assemble_runner(
 def _describe(
     model: PreTrainedModel,
     config: ModelConfig,
+    weights: Weights,
     size: CacheSize,
     backend: str,
-    dtype: torch.dtype,
     kv_cache_bytes: int,
 ) -> RunnerInfo:
+    dtype = model.dtype
     default_batch = CPU_BATCHED_TOKENS if model.device.type == "cpu" else GPU_BATCHED_TOKENS
     return RunnerInfo(
         architecture=type(model).__name__,
@@ -97,8 +112,8 @@ def _describe(
         dtype=str(dtype).removeprefix("torch."),
         attention_backend=backend,
         lane="packed",
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        num_parameters=weights.num_parameters,
+        weight_bytes=weights.num_bytes,
         vocab_size=model.config.get_text_config().vocab_size,
         max_model_len=size.max_model_len,
         block_size=config.block_size,

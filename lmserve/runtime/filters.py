@@ -66,9 +66,9 @@ def top_p_threshold_of_k(best: Tensor, probs: Tensor, top_p: Tensor) -> Tensor:
     """
     limit = _limit((probs * _MASS_UNIT).to(torch.int64), top_p)
     mass = (best * _MASS_UNIT).to(torch.int64)
-    border = torch.searchsorted(mass.cumsum_(-1), limit)
-    last = ((best > 0).sum(-1, keepdim=True) - 1).clamp_min_(0)
-    return best.gather(-1, torch.minimum(border, last)).masked_fill_(top_p >= 1, 0.0)
+    # Past the end: what is missing belongs to tokens as likely as the last.
+    border = torch.searchsorted(mass.cumsum_(-1), limit).clamp_max_(best.shape[-1] - 1)
+    return best.gather(-1, border).masked_fill_(top_p >= 1, 0.0)
 
 
 def drop_atypical(probs: Tensor, typical_p: Tensor) -> None:

@@ -26,9 +26,7 @@ class PackedModelRunner:
     host.
     """
 
-    def __init__(
-        self, lane: PackedLane, sampler: Sampler, state: SamplingState, info: RunnerInfo
-    ):
+    def __init__(self, lane: PackedLane, sampler: Sampler, state: SamplingState, info: RunnerInfo):
         self._lane = lane
         self._sampler = sampler
         self._state = state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,16 +98,20 @@ class Sampler:
     def _sample(self, rows: _Rows, flags: SamplingFlags) -> Tensor:
         """(rows,) int64. Rows with like needs stand together: a chunk does what any of its rows asks for."""
         token_ids = torch.empty(len(flags.needs), dtype=torch.int64, device=self._state.device)
-        start = 0
-        while start < len(flags.needs):
-            samples = flags.needs[start] & Need.SAMPLE
-            end = start + 1
-            while end < min(start + self._chunk_rows, len(flags.needs)) and flags.needs[end] & Need.SAMPLE == samples:
-                end += 1
-            chunk = flags.select(range(start, end))
-            token_ids[start:end] = self._sample_chunk(rows.cut(start, end), chunk.union, max(chunk.top_k))
-            start = end
+        for chunk in self._chunks(flags.needs):
+            part = flags.select(chunk)
+            sampled = self._sample_chunk(rows.cut(chunk.start, chunk.stop), part.union, max(part.top_k))
+            token_ids[chunk.start : chunk.stop] = sampled
         return token_ids
+
+    def _chunks(self, needs: Sequence[Need]) -> Iterator[range]:
+        """Neighbouring rows, as many as the buffers hold, all of them greedy or none."""
+        start = 0
+        for end in range(1, len(needs) + 1):
+            is_full = end - start == self._chunk_rows
+            if is_full or end == len(needs) or needs[end] & Need.SAMPLE != needs[start] & Need.SAMPLE:
+                yield range(start, end)
+                start = end
 
     def _sample_chunk(self, rows: _Rows, needs: Need, max_top_k: int) -> Tensor:
         logits, probs = self._buffers[:, : rows.slots.shape[0]].unbind(0)

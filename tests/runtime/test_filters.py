@@ -157,11 +157,22 @@ def test_typical_p_is_transformers(kind: str, typical_p: float) -> None:
 
 
 def test_typical_p_can_drop_the_likeliest_and_is_off_at_one() -> None:
-    row = torch.tensor([0.4] + [0.006] * 100)
-    probs = torch.stack([row, row])
+    likely = torch.tensor([0.4] + [0.006] * 100)
+    tail = torch.softmax(torch.linspace(0, -80, 101), 0)  # the running sum is 1 in float32 long before its end
+    probs = torch.stack([likely, tail])
     filters.drop_atypical(probs, column([0.3, 1.0]))
     assert probs[0, 0] == 0
-    assert torch.equal(probs[1], row)
+    assert torch.equal(probs[1], tail)
+
+
+def test_typical_p_is_of_what_earlier_filters_left() -> None:
+    logits = make_logits("usual", 6)
+    probs = logits.softmax(-1)
+    left = probs < probs.amax(-1, keepdim=True) * 0.2  # without the likeliest, and so without most of the mass
+    expected = kept_by(TypicalLogitsWarper(0.5), logits.masked_fill(~left, -torch.inf))
+    probs = probs.masked_fill(~left, 0.0)
+    filters.drop_atypical(probs, column([0.5] * len(probs)))
+    assert torch.equal(probs > 0, expected)
 
 
 def test_rows_of_nan_do_no_harm() -> None:

@@ -22,7 +22,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """How the paged cache is cut, and where it lies. One scratch block follows the ``num_blocks`` that are handed out."""
+    """How the paged cache is cut, and where it lies. A scratch block follows the ``num_blocks`` that are handed out."""
 
     block_size: int
     num_blocks: int

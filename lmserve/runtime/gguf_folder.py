@@ -1,0 +1,68 @@
+"""A GGUF file made into a model folder: bfloat16 weights, tokenizer, chat template, generation config.
+
+``python -m lmserve.runtime.gguf_folder FILE FOLDER``. Dequantising once makes every later start faster, and other
+programs can read the folder too.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PROBE = "Hello  world,\n\n\tit's 12345 o'clock: naïve café, 東京, 😀."
+
+
+class BadConversion(Exception):
+    """What was read from the file does not fit together."""
+
+
+def convert(source: Path, target: Path) -> None:
+    """Write ``target`` (a folder) from ``source`` (a GGUF file).
+
+    Raises:
+        BadConversion: the tokenizer does not give texts back, or disagrees with the model.
+        OSError, ValueError: the file cannot be read.
+    """
+    name = source.name
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=name)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(source.parent),
+        gguf_file=name,
+        quantization_config=GgufConfig(gguf_file=name, dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    _check(tokenizer, model)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    tokenizer.save_pretrained(str(target))
+    model.save_pretrained(target)
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """A converted tokenizer can be silently wrong; each of these has been seen to be."""
+    token_ids = tokenizer.encode(PROBE, add_special_tokens=False)
+    if tokenizer.decode(token_ids) != PROBE:
+        raise BadConversion(f"the tokenizer gives {tokenizer.decode(token_ids)!r} back for {PROBE!r}")
+    if len(tokenizer) > model.config.vocab_size:
+        raise BadConversion(f"the tokenizer has {len(tokenizer)} tokens, more than the model")
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id != model.config.eos_token_id:
+        raise BadConversion(f"tokens end at {tokenizer.eos_token_id}, the model at {model.config.eos_token_id}")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    source, target = arguments
+    try:
+        convert(Path(source), Path(target))
+    except (BadConversion, OSError, ValueError) as error:
+        sys.stderr.write(f"lmserve: {source}: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""A real server in a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+from openai import OpenAI
+
+START_SECONDS = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """A running server; ``stderr`` is a file that holds what it has said to the person who started it."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    stderr: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **options: object) -> OpenAI:
+        settings: dict[str, object] = {"base_url": f"{self.url}/v1", "api_key": "any", "max_retries": 0, "timeout": 120}
+        return OpenAI(**{**settings, **options})  # type: ignore[arg-type]  # a table of mixed values
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_ready(self) -> None:
+        """Returns when /health is 200; fails with the server's own words when it ends or takes too long."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"the server is not ready (exit code {self.process.poll()}):\n{self.stderr.read_text()}")
+
+
+@contextlib.contextmanager
+def start(folder: Path, *arguments: str, ready: bool = True, **environment: str) -> Iterator[Server]:
+    """``lmserve serve`` with the arguments, on a free port. Ends it and asserts that no worker outlives it."""
+    port = free_port()
+    stderr = folder / f"stderr-{port}.txt"
+    with stderr.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lmserve", "serve", "--port", str(port), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        )
+    server = Server(process, port, stderr)
+    workers: list[psutil.Process] = []
+    try:
+        if ready:
+            server.wait_ready()
+            workers = server.workers()
+        yield server
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive, f"workers outlived the server: {alive}"
