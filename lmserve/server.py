@@ -13,6 +13,7 @@ import sys
 from collections.abc import Generator
 
 import uvicorn
+from starlette.applications import Starlette
 
 from lmserve import __version__
 from lmserve.api.app import create_app
@@ -61,6 +62,7 @@ async def _serve(config: Config, sock: socket.socket) -> int:
         print(f"lmserve: {error}", file=sys.stderr)
         return EXIT_START_FAILED
     finally:
+        log.close()  # an open listener would keep the server waiting
         http_server.stop()
         for task in (loaded, stop):
             task.cancel()
@@ -127,7 +129,7 @@ def _stop_on_signals(http_server: _HttpServer) -> asyncio.Event:
     return stopping
 
 
-def _uvicorn_config(config: Config, app: uvicorn.config.ASGIApplication) -> uvicorn.Config:
+def _uvicorn_config(config: Config, app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_config=None,

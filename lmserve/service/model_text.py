@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import threading
 from collections.abc import Sequence
@@ -31,8 +30,9 @@ class SamplingDefaults:
 class ModelText:
     """One model's words. Made once, off the event loop; safe to use from several threads.
 
-    A transformers tokenizer is not: it sets its backend's flags at each call. So plain text goes straight to the
-    backend, whose flags are set once, here; whatever needs more has a copy of its own behind a lock.
+    A transformers tokenizer is not: at each call it sets its backend's flags where they are not as the call wants them.
+    So they are set here, once, to what every call here wants. Plain text goes straight to the backend, which gives up
+    the interpreter's lock; what needs transformers' own code goes one by one.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class ModelText:
         self.eos_token_ids = sorted({*eos_token_ids, *_as_list(tokenizer.eos_token_id)})
         self.defaults = defaults or SamplingDefaults()
         self._lock = threading.Lock()
-        self._encoder: Any = None
         self._backend: Any = None
         if tokenizer.is_fast:
             self._backend = tokenizer.backend_tokenizer
@@ -88,9 +87,7 @@ class ModelText:
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Render and encode at once: control tokens that stand in the messages become ordinary text."""
         with self._lock:
-            if self._encoder is None:
-                self._encoder = copy.deepcopy(self.tokenizer)
-            token_ids = self._encoder.apply_chat_template(
+            token_ids = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=True, return_dict=False, sanitize_control_tokens=True, **options
             )
         return list(token_ids)

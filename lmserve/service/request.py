@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from lmserve.errors import ContextLengthExceeded, InvalidRequest
@@ -102,6 +102,9 @@ class ServerDefaults(Protocol):
     def default_min_p(self) -> float | None: ...
     @property
     def default_repeat_penalty(self) -> float | None: ...
+    def preset_sampling(self, model_id: str) -> Mapping[str, float]:
+        """The last word before OpenAI's, by the parameters' names in a generation config."""
+        ...
 
 
 def context_length(info: RunnerInfo) -> int:
@@ -138,7 +141,7 @@ def make_request(
     def max_tokens(prompt: Prompt) -> int:
         return _max_tokens(options, len(prompt.token_ids), context_length(info), default_max_tokens, prompt_param)
 
-    sampling = [resolve_sampling(options, max_tokens(prompt), model.text.defaults, defaults) for prompt in prompts]
+    sampling = [resolve_sampling(options, max_tokens(prompt), model, defaults) for prompt in prompts]
     return GenerationRequest(
         request_id=request_id,
         model=model,
@@ -151,32 +154,23 @@ def make_request(
 
 
 def resolve_sampling(
-    options: GenerationOptions, max_tokens: int, model: SamplingDefaults, server: ServerDefaults
+    options: GenerationOptions, max_tokens: int, model: ServedModel, server: ServerDefaults
 ) -> SamplingParams:
-    """Concrete sampling parameters: the request's word, else the server's, else the model's, else OpenAI's.
+    """Concrete sampling parameters.
+
+    The first word counts: the request's, the server's, that of the model's generation config, its preset's, OpenAI's.
 
     Raises:
         InvalidRequest: a value is out of range.
     """
     seed = random.getrandbits(53) if options.seed is None else options.seed  # 53: what a JavaScript number can hold
     values: dict[str, Any] = {
-        "temperature": _first(options.temperature, server.default_temperature, model.temperature),
-        "top_p": _first(options.top_p, server.default_top_p, model.top_p),
-        "top_k": _first(options.top_k, server.default_top_k, model.top_k),
-        "min_p": _first(options.min_p, server.default_min_p, model.min_p),
-        "typical_p": _first(options.typical_p, model.typical_p),
-        "repetition_penalty": _first(
-            options.repetition_penalty, server.default_repeat_penalty, model.repetition_penalty
-        ),
-        "presence_penalty": options.presence_penalty,
-        "frequency_penalty": options.frequency_penalty,
-        "min_tokens": options.min_tokens,
-        "ignore_eos": options.ignore_eos,
-        "n": options.n,
-        "logprobs": options.logprobs,
+        name: _first(getattr(options, name), *words) for name, words in _default_words(model, server).items()
     }
-    if values["top_k"] == -1:
-        values["top_k"] = 0
+    if values["top_k"] is not None:
+        values["top_k"] = 0 if values["top_k"] == -1 else int(values["top_k"])
+    for name in ("presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos", "n", "logprobs"):
+        values[name] = getattr(options, name)
     return SamplingParams(
         max_tokens=max_tokens,
         seed=seed - 2**64 if seed >= 2**63 else seed,
@@ -184,6 +178,22 @@ def resolve_sampling(
         stop_token_ids=options.stop_token_ids,
         **{name: value for name, value in values.items() if value is not None},
     )
+
+
+def _default_words(model: ServedModel, server: ServerDefaults) -> dict[str, tuple[float | None, ...]]:
+    """What server, generation config and preset say, for each parameter that they may speak of."""
+    configured = {
+        "temperature": server.default_temperature,
+        "top_p": server.default_top_p,
+        "top_k": server.default_top_k,
+        "min_p": server.default_min_p,
+        "repetition_penalty": server.default_repeat_penalty,
+    }
+    preset = server.preset_sampling(model.entry.model_id)
+    return {
+        name: (configured.get(name), getattr(model.text.defaults, name), preset.get(name))
+        for name in (key.name for key in fields(SamplingDefaults))
+    }
 
 
 def _check_prompt(prompt: Prompt, vocab_size: int, param: str) -> None:

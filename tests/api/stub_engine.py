@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lmserve.config import ModelConfig
@@ -41,13 +41,14 @@ class StubEngine:
 
     ``requests`` are those that came, ``closed`` the ids of those whose generator ended early, ``cancelled`` what
     ``cancel`` was called with. ``error`` is raised, or told of as an output where it is a string, after ``error_after``
-    steps; ``pause`` is between two steps, in seconds.
+    steps. ``pause`` is between two steps, in seconds; while it is ``held`` it makes none.
     """
 
     def __init__(self, info: RunnerInfo, script: Script) -> None:
         self.info = info
         self.script = script
         self.pause = 0.0
+        self.held = False
         self.error: LMServeError | str | None = None
         self.error_after = 0
         self.num_cached_tokens = 0
@@ -62,6 +63,8 @@ class StubEngine:
         step = 0
         try:
             while scripts:
+                while self.held:
+                    await asyncio.sleep(0.005)
                 if self.error is not None and step == self.error_after:
                     yield self._fail(request, self.error)
                 if self.pause or step % 16 == 0:
@@ -162,3 +165,7 @@ class Settings:
     default_top_k: int | None = None
     default_min_p: float | None = None
     default_repeat_penalty: float | None = None
+    preset: Mapping[str, float] = field(default_factory=dict)
+
+    def preset_sampling(self, model_id: str) -> Mapping[str, float]:
+        return self.preset

@@ -49,11 +49,15 @@ def test_a_written_beginning_of_sequence_is_not_doubled() -> None:
     assert text.encode("<s>hello") == plain
 
 
-def test_chats_with_control_tokens_leave_no_trace() -> None:
-    """transformers encodes them by flipping a flag of the tokenizer, and leaves it as the last piece of text needed it.
+def test_limits_in_the_tokenizers_file_are_not_ours() -> None:
+    tokenizer = made.byte_level()
+    tokenizer.backend_tokenizer.enable_truncation(max_length=2)
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+    assert ModelText(tokenizer).encode_rendered("hello hello") == made.byte_level().encode("hello hello")
 
-    Whatever encodes next, or in another thread at the same time, must not see that.
-    """
+
+def test_chats_with_control_tokens_leave_no_trace() -> None:
+    """Encoding them must not change flags of the tokenizer, which other threads are using."""
     text = ModelText(made.byte_level("{{ messages[0].content }}"))
     control_token = [text.tokenizer.eos_token_id]
     assert text.encode_rendered("</s>") == control_token

@@ -36,11 +36,13 @@ def make(
     )
 
 
-def test_the_requests_word_then_the_servers_then_the_models_then_openais() -> None:
+def test_the_requests_word_then_the_servers_then_the_models_then_the_presets() -> None:
     model = SamplingDefaults(temperature=0.1, top_p=0.1, top_k=1)
-    server = Settings(default_temperature=0.2, default_top_p=0.2)
+    preset = {"temperature": 0.4, "top_p": 0.4, "top_k": 4.0, "min_p": 0.4}
+    server = Settings(default_temperature=0.2, default_top_p=0.2, preset=preset)
     [sampling] = make(GenerationOptions(temperature=0.3), server=server, model=model).sampling
-    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.3, 0.2, 1, 0.0)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.3, 0.2, 1, 0.4)
+    assert sampling.typical_p == 1.0
 
 
 def test_zero_is_a_word() -> None:
