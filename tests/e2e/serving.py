@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -32,6 +32,7 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     stderr: Path
+    clients: list[OpenAI] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -39,7 +40,8 @@ class Server:
 
     def client(self, **options: object) -> OpenAI:
         settings: dict[str, object] = {"base_url": f"{self.url}/v1", "api_key": "any", "max_retries": 0, "timeout": 120}
-        return OpenAI(**{**settings, **options})  # type: ignore[arg-type]  # a table of mixed values
+        self.clients.append(OpenAI(**{**settings, **options}))  # type: ignore[arg-type]  # a table of mixed values
+        return self.clients[-1]
 
     def workers(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -78,6 +80,8 @@ def start(folder: Path, *arguments: str, ready: bool = True, **environment: str)
             workers = server.workers()
         yield server
     finally:
+        for client in server.clients:
+            client.close()
         if process.poll() is None:
             process.terminate()
         try:

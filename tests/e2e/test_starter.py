@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,13 @@ def test_the_log_stream_shows_what_the_model_received(starter_server: Server) ->
     assert received["request_id"] == answered["request_id"]
     assert answered["stats"]["stopReason"] in ("eosFound", "maxPredictedTokensReached")
     assert answered["stats"]["predictedTokensCount"] > 0
+
+
+def test_the_curl_line_that_the_server_prints_works(starter_server: Server) -> None:
+    deadline = time.monotonic() + 10
+    while "curl" not in starter_server.stderr.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    said = starter_server.stderr.read_text().splitlines()
+    line = next(line.strip() for line in said if line.strip().startswith("curl"))
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["object"] == "chat.completion"
