@@ -65,7 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
-    print("| dtype | sequences | tokens | gather and folded call, us | gather alone | a call a sequence | grouped heads |")
+    print(
+        "| dtype | sequences | tokens | gather and folded call, us | gather alone | a call a sequence | grouped heads |"
+    )
     print("|---|---|---|---|---|---|---|")
     for dtype in (torch.bfloat16, torch.float32):
         for batch, length in SHAPES:

@@ -1,8 +1,9 @@
-"""A whole model folder as it comes from the hub, tiny and built offline: weights, byte-level tokenizer, chat template."""
+"""A whole model folder as it comes from the hub, tiny and built offline: weights, tokenizer, chat template."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -24,7 +25,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     pad, start, end = SPECIAL
-    fast = PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    fast: PreTrainedTokenizerFast = make(
         tokenizer_object=tokenizer, pad_token=pad, bos_token=start, eos_token=end, additional_special_tokens=[start]
     )
     fast.chat_template = TEMPLATE

@@ -1,182 +1,197 @@
-"""The engine: requests in, one step after another, outputs out. Token ids only; knows neither text nor tensors."""
+"""The engine: requests in, one step after another, outputs out."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
+from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.messages import AddRequest, Cancel, EngineStats
 from lmserve.engine.request import Request
 from lmserve.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput, max_request_tokens
 from lmserve.outputs import FinishReason, RequestOutput
-from lmserve.runtime.interface import FatalRunnerError, ModelRunner, StepOutput
+from lmserve.runtime.interface import FatalRunnerError, ModelRunner, StepInput, StepOutput
+
+STEP_FAILED = "The engine step that held this request failed. The request is lost; it can be sent again."
 
 logger = logging.getLogger(__name__)
 
-STEP_FAILED = "The engine step that held this request failed; the request is lost, and others are not affected."
-
 
 class EngineCore:
-    """One model's requests and the loop body that advances them. Synchronous: the worker calls it from one thread."""
+    """One model's live requests, and the step that takes them on. Synchronous: one thread calls everything.
+
+    Between two steps nothing is in flight, so that what a cancel frees is free at once.
+    """
 
     def __init__(self, runner: ModelRunner, config: SchedulerConfig) -> None:
         info = runner.info
+        kv = KVCacheManager(info.num_blocks, info.block_size)
+        self.scheduler = Scheduler(config, kv)
         self._runner = runner
-        self._max_tokens = max_request_tokens(info)
         self._prefix_caching = config.prefix_caching
-        kv = KVCacheManager(info.num_blocks, info.block_size, keeps_contents=config.prefix_caching)
-        self._scheduler = Scheduler(config, kv)
-        self._live: dict[str, list[Request]] = {}
+        self._max_tokens = min(max_request_tokens(info), config.max_model_len)
+        self._live: dict[str, dict[int, Request]] = {}
         self._num_arrivals = 0
-        self._counts = EngineStats()
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_cancelled = 0
+        self._num_finished = 0
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        """Whether ``step`` has something to do."""
+        return bool(self._live)
 
     @property
     def stats(self) -> EngineStats:
-        return replace(
-            self._counts,
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            num_free_blocks=self._scheduler.kv.num_free_blocks,
-            num_preemptions=self._scheduler.num_preemptions,
+        """Counters since the start, gauges as of now."""
+        return EngineStats(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_free_blocks=self.scheduler.kv.num_free_blocks,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self.scheduler.num_cached_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_cancelled=self._num_cancelled,
+            num_finished=self._num_finished,
         )
 
     def add_request(self, message: AddRequest) -> list[RequestOutput]:
-        """Queues the ``n`` choices of a request. Returns nothing, or one refusal a choice.
+        """Queues the ``n`` choices of a request; nothing comes back, or one refusal for each choice.
 
-        The API process has checked all this before; a refusal here is our own mistake, and costs only this request.
+        The API process has refused what a client can get wrong. A refusal here is a bug of ours, and costs nobody else.
         """
         problem = self._problem(message)
         if problem is not None:
+            logger.error("Request %s is refused by the engine: %s", message.request_id, problem)
             return [
                 RequestOutput(message.request_id, choice, finish_reason=FinishReason.ERROR, error=problem)
                 for choice in range(message.sampling.n)
             ]
-        requests = [self._make_request(message, choice) for choice in range(message.sampling.n)]
-        self._num_arrivals += 1
-        self._live[message.request_id] = requests
+        cache_root = b"" if self._prefix_caching else b"request %d" % self._num_arrivals
+        requests = [self._make_request(message, choice, cache_root) for choice in range(message.sampling.n)]
+        self.scheduler.kv.hash_full_blocks(requests[0])
         for request in requests:
-            self._scheduler.add(request)
+            request.block_hashes = list(requests[0].block_hashes)  # hashing a long prompt once is enough
+            self.scheduler.add(request)
+        self._live[message.request_id] = {request.choice: request for request in requests}
         return []
 
     def cancel(self, message: Cancel) -> list[RequestOutput]:
-        """Ends a request or one choice at once; its blocks are free when this returns. Unknown ids are ignored."""
-        chosen = [
-            request
-            for request in self._live.get(message.request_id, [])
-            if message.choice is None or request.choice == message.choice
-        ]
-        outputs = [self._scheduler.finish(request, FinishReason.ABORT) for request in chosen]
-        self._forget(outputs)
+        """Ends a request, or one choice of it, and frees its blocks. What is not alive any more is ignored."""
+        live = self._live.get(message.request_id, {})
+        chosen = [request for choice, request in live.items() if message.choice in (None, choice)]
+        outputs = [self.scheduler.finish(request, FinishReason.ABORT) for request in chosen]
+        self._take_note(outputs)
         return outputs
 
     def step(self) -> list[RequestOutput]:
-        """Schedules, runs and takes note of one step; the news of its requests.
-
-        A fault of the runner costs the requests of this step, each of which gets one error.
+        """Schedules and runs one step; the news of its requests. A failed step costs each of them one error.
 
         Raises:
             FatalRunnerError: the device can no longer be trusted.
         """
-        scheduled = self._scheduler.schedule()
+        scheduled = self.scheduler.schedule()
         if not scheduled.requests:
             return []
-        try:
-            computed, output = self._run(scheduled)
-        except FatalRunnerError:
-            raise
-        except Exception:
-            logger.exception("An engine step failed; its %d requests are lost.", len(scheduled.requests))
-            outputs = [self._scheduler.finish(r, FinishReason.ERROR, STEP_FAILED) for r in scheduled.requests]
+        scheduled, computed = self._run(scheduled)
+        if computed is None:
+            failed = scheduled.requests
+            outputs = [self.scheduler.finish(request, FinishReason.ERROR, STEP_FAILED) for request in failed]
         else:
-            outputs = self._scheduler.update(computed, output)
-            self._count(computed, outputs)
-        self._forget(outputs)
+            self._count(scheduled)
+            outputs = self.scheduler.update(scheduled, computed)
+        self._take_note(outputs)
         return outputs
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if blocks or slots were lost. For when there is nothing to do."""
-        self._scheduler.check_integrity()
-        assert self.has_work or not self._live, "a finished request is still known"
+        """Raises ``IntegrityError`` if a block, a slot or a request was lost. Looks at every block: for idle times."""
+        self.scheduler.check_integrity()
+        num_live = sum(map(len, self._live.values()))
+        num_known = self.scheduler.num_running + self.scheduler.num_waiting
+        if num_live != num_known:
+            raise IntegrityError(f"{num_live} requests are alive, and the scheduler knows {num_known}")
 
-    def _run(self, scheduled: SchedulerOutput) -> tuple[SchedulerOutput, StepOutput]:
-        """Runs the step. On a device that is out of memory the later half is put back, and the rest tried once more."""
+    def _run(self, scheduled: SchedulerOutput) -> tuple[SchedulerOutput, StepOutput | None]:
+        """Runs the step; None if it failed. Out of memory, the later half is put off and the rest tried once more."""
         try:
-            self._runner.launch(scheduled.step)
-            return scheduled, self._runner.collect()
+            return scheduled, self._compute(scheduled.step)
+        except FatalRunnerError:
+            raise
         except Exception as error:
-            if not _is_out_of_memory(error):
-                raise
-            fewer = self._scheduler.halve(scheduled)
-            if len(fewer.requests) in (0, len(scheduled.requests)):
-                raise
-        self._runner.launch(fewer.step)
-        return fewer, self._runner.collect()
+            logger.exception("An engine step of %d requests failed.", len(scheduled.requests))
+            if not _is_out_of_memory(error) or len(scheduled.requests) == 1:
+                return scheduled, None
+        fewer = self.scheduler.halve(scheduled)
+        try:
+            return fewer, self._compute(fewer.step)
+        except FatalRunnerError:
+            raise
+        except Exception:
+            logger.exception("It failed again with %d of its requests, which are lost.", len(fewer.requests))
+            return fewer, None
 
-    def _count(self, scheduled: SchedulerOutput, outputs: list[RequestOutput]) -> None:
-        counts, chunks = self._counts, scheduled.step.chunks
-        num_decodes = 0
-        num_cached = counts.num_cached_tokens
-        new_slots = {sequence.slot for sequence in scheduled.step.new_sequences}
-        for request, chunk in zip(scheduled.requests, chunks, strict=True):
-            num_decodes += chunk.start >= len(request.prompt_token_ids)
-            if chunk.slot in new_slots:
-                num_cached += chunk.start
-        self._counts = replace(
-            counts,
-            num_steps=counts.num_steps + 1,
-            num_prompt_tokens=counts.num_prompt_tokens + scheduled.step.num_tokens - num_decodes,
-            num_cached_tokens=num_cached,
-            num_generated_tokens=counts.num_generated_tokens + sum(len(output.token_ids) for output in outputs),
-        )
+    def _compute(self, step: StepInput) -> StepOutput:
+        self._runner.launch(step)
+        output = self._runner.collect()
+        num_wanted = sum(chunk.samples for chunk in step.chunks)
+        if not len(output.token_ids) == len(output.logprobs) == num_wanted:
+            raise RuntimeError(f"the runner gave {len(output.token_ids)} tokens for {num_wanted} sequences")
+        return output
 
-    def _forget(self, outputs: list[RequestOutput]) -> None:
-        """Finished choices are no longer known."""
+    def _count(self, scheduled: SchedulerOutput) -> None:
+        self._num_steps += 1
+        for request, chunk in zip(scheduled.requests, scheduled.step.chunks, strict=True):
+            if chunk.num_tokens > 1 or chunk.start < request.num_prompt_tokens:
+                self._num_prompt_tokens += chunk.num_tokens
+
+    def _take_note(self, outputs: list[RequestOutput]) -> None:
+        """Counts, and forgets the choices that ended."""
         for output in outputs:
+            self._num_generated_tokens += len(output.token_ids)
             if output.finish_reason is None:
                 continue
-            rest = [r for r in self._live[output.request_id] if r.choice != output.choice]
-            if rest:
-                self._live[output.request_id] = rest
+            if output.finish_reason is FinishReason.ABORT:
+                self._num_cancelled += 1
             else:
+                self._num_finished += 1
+            live = self._live[output.request_id]
+            del live[output.choice]
+            if not live:
                 del self._live[output.request_id]
-            cancelled = output.finish_reason is FinishReason.ABORT
-            self._counts = replace(
-                self._counts,
-                num_finished=self._counts.num_finished + (not cancelled),
-                num_cancelled=self._counts.num_cancelled + cancelled,
-            )
 
     def _problem(self, message: AddRequest) -> str | None:
-        total = len(message.prompt_token_ids) + message.sampling.max_tokens
+        """Why the request cannot be served, if so."""
+        prompt, sampling = message.prompt_token_ids, message.sampling
         if message.request_id in self._live:
             return "A request with this id is running already."
-        if not message.prompt_token_ids:
+        if not prompt:
             return "The prompt is empty."
-        if total > self._max_tokens:
-            return f"The request needs {total} tokens, and the engine holds {self._max_tokens} for one request."
+        named = [*prompt, *sampling.stop_token_ids, *(token_id for token_id, _ in sampling.logit_bias)]
+        vocab_size = self._runner.info.vocab_size
+        if min(named) < 0 or max(named) >= vocab_size:
+            return f"A token id is outside of the vocabulary, which has {vocab_size}."
+        if len(prompt) + min(1, sampling.max_tokens) > self._max_tokens:
+            return f"The prompt has {len(prompt)} tokens, and one request can have {self._max_tokens} with its output."
         return None
 
-    def _make_request(self, message: AddRequest, choice: int) -> Request:
-        sampling = message.sampling
-        ends = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *message.eos_token_ids)
+    def _make_request(self, message: AddRequest, choice: int, cache_root: bytes) -> Request:
+        self._num_arrivals += 1
         return Request(
             request_id=message.request_id,
             choice=choice,
             prompt_token_ids=message.prompt_token_ids,
-            sampling=sampling,
-            stop_token_ids=frozenset(ends),
+            sampling=message.sampling,
             eos_token_ids=tuple(message.eos_token_ids),
             priority=message.priority,
             arrival=self._num_arrivals,
-            salt=b"" if self._prefix_caching else message.request_id.encode(),
+            cache_root=cache_root,
         )
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """By name: torch's own error class is not to be imported here."""
+    """By name: the runtime's tensor library is not to be imported here."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -1,16 +1,11 @@
-"""One sequence that the engine is working on."""
+"""One sequence that the engine works on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from hashlib import blake2b
-
-import numpy as np
 
 from lmserve.sampling_params import SamplingParams
-
-HASH_BYTES = 16
 
 
 class RequestStatus(IntEnum):
@@ -21,63 +16,63 @@ class RequestStatus(IntEnum):
     FINISHED = 2
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """One choice of one request: its tokens, how many of them are computed, and where their keys and values are.
+    """One choice of one request: its tokens, how many of them are computed, and where their keys and values lie.
 
-    There is no prefill and no decode: ``num_computed_tokens`` catches up with ``num_tokens``, and each time it has,
-    one more token is sampled.
+    The ``n`` choices of a request are ``n`` of these; they share the list of prompt tokens, which nobody changes.
     """
 
     request_id: str
     choice: int
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    stop_token_ids: frozenset[int]
-    """Tokens that end it: its own stop tokens, and the model's end-of-sequence unless that is ignored."""
-    eos_token_ids: tuple[int, ...]
-    priority: int
+    eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    """Lower runs earlier."""
     arrival: int
-    """Counts up over all requests of the engine."""
-    salt: bytes
-    """Root of the hash chain: requests with different salts share no blocks."""
+    """Counts up over all choices of all requests of one engine."""
+    cache_root: bytes = b""
+    """Where the hash chain of its blocks begins: requests with different roots share no blocks."""
+
     status: RequestStatus = RequestStatus.WAITING
-    token_ids: list[int] = field(init=False)
-    """Prompt and output."""
+    output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
-    num_cached_tokens: int = 0
-    """Prompt tokens that were found in the prefix cache when it was first admitted."""
-    block_table: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)
-    """Of the full blocks, computed or not."""
+    """Leading tokens whose keys and values are in the cache."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens that were found in the cache when the request first ran; None before that."""
     slot: int | None = None
-    was_admitted: bool = False
+    """Row of per-sequence state in the runner, while running."""
+    block_table: list[int] = field(default_factory=list)
+    """KV blocks in the order of the tokens, while running. May hold more tokens than are computed."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Of the full blocks, computed or not. Extended by the ``KVCacheManager`` when it needs to know."""
+    num_matched_blocks: int = 0
+    """Where the search for a cached prefix last ended, while waiting. A hint: a block may have gone since."""
+
+    rank: tuple[int, int] = field(init=False)
+    """Order of service: a smaller one runs earlier and is preempted later. No two requests share one."""
+    end_token_ids: frozenset[int] = field(init=False)
+    """Tokens that end the sequence, once ``min_tokens`` are there."""
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_token_ids)
+        self.rank = (self.priority, self.arrival)
+        eos = () if self.sampling.ignore_eos else self.eos_token_ids
+        self.end_token_ids = frozenset((*self.sampling.stop_token_ids, *eos))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Tokens known so far, prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
 
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.prompt_token_ids)
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller runs earlier and is preempted later."""
-        return (self.priority, self.arrival)
-
-    def hash_full_blocks(self, block_size: int) -> None:
-        """Extends ``block_hashes`` to all full blocks.
-
-        Each hash covers the block's tokens and, through its parent's hash, everything before it: equal hashes mean
-        equal prefixes (128 bits of BLAKE2b).
-        """
-        first = len(self.block_hashes) * block_size
-        while first + block_size <= len(self.token_ids):
-            parent = self.block_hashes[-1] if self.block_hashes else self.salt
-            tokens = np.array(self.token_ids[first : first + block_size], np.int32).tobytes()
-            self.block_hashes.append(blake2b(parent + tokens, digest_size=HASH_BYTES).digest())
-            first += block_size
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """The tokens ``[start, end)`` of prompt and output together."""
+        num_prompt = len(self.prompt_token_ids)
+        if end <= num_prompt:
+            return self.prompt_token_ids[start:end]
+        output = self.output_token_ids[max(0, start - num_prompt) : end - num_prompt]
+        return self.prompt_token_ids[start:] + output

@@ -1,18 +1,19 @@
 """Who runs when.
 
 There is no prefill phase and no decode phase. Each request has ``num_tokens`` and ``num_computed_tokens``, and every
-step lets the latter catch up with the former under one token budget:
+step lets the latter catch up with the former under one budget of tokens:
 
-1. running requests that lack one token (they decode), in the order of (priority, arrival);
-2. running requests that lack more (prompts, or a history after a preemption), a chunk each;
-3. waiting requests, as long as a slot, budget, and blocks for all their known tokens can be had. One that lacks blocks
-   holds up those behind it, so that a large request is not starved by small ones; one whose next prefix block a running
-   request is just computing steps aside for it. The ``n`` choices of a request share their prompt that way.
+1. running requests that lack one token (they decode), in the order of their rank (priority, arrival);
+2. running requests that lack more (a prompt, or a history after a preemption), a chunk each;
+3. waiting requests, while there are a slot, budget, and blocks for all their known tokens. One that lacks blocks holds
+   up those behind it, so that small requests do not starve a large one. One whose next prefix block a running request
+   is about to compute steps aside until it can share it; this is how the ``n`` choices of a request share its prompt.
 
-Because an admitted request has blocks for all its known tokens, only decoding can run out of them. Then the running
-request that is last in (priority, arrival) loses its blocks and goes back to its old place in the queue; its tokens
-are computed again later (preemption by recompute, as in vLLM). The first in that order is never preempted, so
-everybody ends.
+An admitted request has blocks for all its known tokens, so only decoding can run out of them. Then the running request
+that is last in rank loses its blocks and goes back to its old place in the queue; its tokens are computed again later
+(preemption by recompute, as in vLLM). The first in rank is never the victim of another, so somebody always gets on.
+
+The vocabulary is that of vLLM's scheduler; chunked prefill is due to Sarathi-Serve (arXiv:2403.02310).
 """
 
 from __future__ import annotations
@@ -20,46 +21,56 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
+from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.request import Request, RequestStatus
 from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
 from lmserve.runtime.interface import NewSequence, RunnerInfo, ScheduledChunk, StepInput, StepOutput
 
+NO_TOKEN = "The model's output is not a number, or the request's own constraints leave no token to choose."
+
+_rank = attrgetter("rank")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """The limits of one engine."""
+    """The limits of one engine. The length of the queue is not among them: the API process keeps it."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     prefix_caching: bool = True
+    """Off, only the ``n`` choices of one request share blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step, decided: the requests beside the chunks they got."""
+    """One step, decided: ``requests[i]`` gets ``step.chunks[i]``."""
 
     requests: list[Request]
     step: StepInput
 
 
 def max_request_tokens(info: RunnerInfo) -> int:
-    """Tokens, prompt and output, that one sequence may have: the model's limit or the whole KV cache."""
+    """Tokens, prompt and output together, that one request may have: the context, or the whole KV cache if less."""
     return min(info.max_model_len, info.kv_cache_tokens)
 
 
 class Scheduler:
-    """Owns the queue and the running set, both in the order of (priority, arrival), and the slots."""
+    """Owns the queue and the running set, both in order of rank, and the slots."""
 
     def __init__(self, config: SchedulerConfig, kv: KVCacheManager) -> None:
-        self.config = config
         self.kv = kv
         self.num_preemptions = 0
+        self.num_cached_tokens = 0
+        self._max_num_seqs = config.max_num_seqs
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._max_tokens = min(config.max_model_len, kv.max_tokens)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
-        self._free_slots = list(range(config.max_num_seqs))[::-1]
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
 
     @property
     def num_waiting(self) -> int:
@@ -69,183 +80,176 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
-
     def add(self, request: Request) -> None:
-        """Queues a request that is known to fit."""
+        """Queues a request. That it can fit at all has been checked."""
         insort(self._waiting, request, key=_rank)
 
     def schedule(self) -> SchedulerOutput:
-        """Decides the next step. Its tokens count as computed only when ``update`` hears of them."""
-        requests: list[Request] = []
-        chunks: list[ScheduledChunk] = []
+        """Decides the next step. Its tokens count as computed only once ``update`` hears of them."""
+        decodes: list[tuple[Request, ScheduledChunk]] = []
+        prefills: list[tuple[Request, ScheduledChunk]] = []
         new_sequences: list[NewSequence] = []
-        budget = self.config.max_num_batched_tokens
-        num_preemptions = self.num_preemptions
-        for request in self._catching_up():
+        budget = self._max_num_batched_tokens
+        for request in self._candidates():
+            if request.slot is None:
+                self._take_slot(request)
+                new_sequences.append(_new_sequence(request))
+            chunk = _chunk(request, budget)
+            (decodes if chunk.samples and chunk.num_tokens == 1 else prefills).append((request, chunk))
+            budget -= chunk.num_tokens
             if budget == 0:
                 break
-            chunk = _chunk(request, budget)
-            budget -= chunk.num_tokens
-            requests.append(request)
-            chunks.append(chunk)
-        if budget > 0 and self.num_preemptions == num_preemptions:
-            for request in self._admit():
-                chunk = _chunk(request, budget)
-                budget -= chunk.num_tokens
-                requests.append(request)
-                chunks.append(chunk)
-                new_sequences.append(_new_sequence(request))
-                if budget == 0:
-                    break
-        return SchedulerOutput(requests, StepInput(chunks, new_sequences))
+        return _scheduler_output(decodes + prefills, new_sequences)
 
     def update(self, scheduled: SchedulerOutput, output: StepOutput) -> list[RequestOutput]:
-        """Takes note of a step that was computed; the news of it."""
-        news = []
+        """Takes note of a computed step; its news."""
+        outputs: list[RequestOutput] = []
         sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
         for request, chunk in zip(scheduled.requests, scheduled.step.chunks, strict=True):
             request.num_computed_tokens = chunk.start + chunk.num_tokens
             self.kv.register_computed(request, chunk.start)
             if chunk.samples:
-                token_id, logprobs = next(sampled)
-                news.append(self._append(request, token_id, logprobs))
-            elif request.num_computed_tokens == request.num_tokens:  # max_tokens is 0: only the prompt was wanted
-                news.append(self.finish(request, FinishReason.LENGTH))
-        return news
+                outputs.append(self._append(request, *next(sampled)))
+            elif request.num_computed_tokens == request.num_tokens:
+                outputs.append(self.finish(request, FinishReason.LENGTH))  # max_tokens is 0
+        return outputs
 
     def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput:
-        """Ends a request, wherever it is, and takes its blocks and slot back; its last output."""
-        self._remove(request)
-        request.status = RequestStatus.FINISHED
-        return _output(request, reason, error=error)
+        """Ends a request wherever it is, takes its blocks and slot back, and makes its last output."""
+        self._end(request)
+        return _output(request, reason=reason, error=error)
 
     def halve(self, scheduled: SchedulerOutput) -> SchedulerOutput:
-        """The step without the later half of the running requests, which go back to the queue.
+        """The step without the later half of its requests, which go back to the queue.
 
-        For a device that ran out of memory in this step.
+        For a device that ran out of memory in this step. How far the runner came is unknown, so the requests that stay
+        are told to it anew.
         """
-        for request in self._running[(len(self._running) + 1) // 2 :]:
+        for request in sorted(scheduled.requests, key=_rank)[(len(scheduled.requests) + 1) // 2 :]:
             self._preempt(request)
-        kept = [
-            (request, chunk)
-            for request, chunk in zip(scheduled.requests, scheduled.step.chunks, strict=True)
-            if request.status is RequestStatus.RUNNING
-        ]
-        slots = {chunk.slot for _, chunk in kept}
-        new_sequences = [new for new in scheduled.step.new_sequences if new.slot in slots]
-        return SchedulerOutput([request for request, _ in kept], StepInput([c for _, c in kept], new_sequences))
+        pairs = zip(scheduled.requests, scheduled.step.chunks, strict=True)
+        kept = [pair for pair in pairs if pair[0].status is RequestStatus.RUNNING]
+        return _scheduler_output(kept, [_new_sequence(request) for request, _ in kept])
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if blocks or slots were lost."""
+        """Raises ``IntegrityError`` if a block or a slot was lost or given twice."""
         self.kv.check_integrity(self._running)
-        slots = [request.slot for request in self._running]
-        assert len(set(slots)) == len(slots)
-        assert len(slots) + len(self._free_slots) == self.config.max_num_seqs, "a slot is lost"
+        slots = [request.slot for request in self._running if request.slot is not None]
+        if sorted(slots + self._free_slots) != list(range(self._max_num_seqs)):
+            raise IntegrityError(f"slots {slots} are used and {self._free_slots} free, of {self._max_num_seqs}")
 
-    def _catching_up(self) -> Iterator[Request]:
-        """Running requests with work to do, decodes first. Those who find no block for their newest token preempt."""
-        lacking_more = []
+    def _candidates(self) -> Iterator[Request]:
+        """Whom to serve in this step, best first. Lazy: nobody is preempted or admitted beyond the budget."""
+        num_preemptions = self.num_preemptions
+        prefills: list[Request] = []
         for request in list(self._running):
             if request.num_tokens - request.num_computed_tokens > 1:
-                lacking_more.append(request)
+                prefills.append(request)
             elif self._has_room(request):
                 yield request
-        yield from (request for request in lacking_more if request.status is RequestStatus.RUNNING)
+        for request in prefills:
+            if request.status is RequestStatus.RUNNING:
+                yield request
+        if self.num_preemptions == num_preemptions:
+            yield from self._admissible()
 
     def _has_room(self, request: Request) -> bool:
-        """A block for the newest token, if need be by preemption; False if the request itself had to go."""
+        """A block for the newest token, if need be at the cost of the last in rank. False if that was this request."""
         while request.status is RequestStatus.RUNNING:
             if self.kv.grow(request):
                 return True
             self._preempt(self._running[-1])
         return False
 
-    def _admit(self) -> Iterator[Request]:
-        """Waiting requests that may start now, already admitted. Lazy: only those whom the caller takes."""
+    def _admissible(self) -> Iterator[Request]:
+        """Waiting requests that start now; they have their blocks when they come out, and no slot yet."""
         for request in list(self._waiting):
             if not self._free_slots:
                 return
-            if self.kv.is_being_computed(request):
+            if self.kv.prefix_is_pending(request):
                 continue
-            if not self.kv.admit(request):
+            if not self.kv.admit(request, num_spare=len(self._running)):
                 return
-            self._waiting.remove(request)
-            request.slot = self._free_slots.pop()
-            request.status = RequestStatus.RUNNING
-            if not request.was_admitted:
-                request.was_admitted = True
-                request.num_cached_tokens = request.num_computed_tokens
-            insort(self._running, request, key=_rank)
             yield request
+
+    def _take_slot(self, request: Request) -> None:
+        self._waiting.remove(request)
+        insort(self._running, request, key=_rank)
+        request.status = RequestStatus.RUNNING
+        request.slot = self._free_slots.pop()
+        self.num_cached_tokens += request.num_computed_tokens
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed_tokens
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
         if token_id < 0:
-            return self.finish(request, FinishReason.ERROR, "The model's output holds no usable token (not a number).")
-        request.token_ids.append(token_id)
+            return self.finish(request, FinishReason.ERROR, NO_TOKEN)
+        request.output_token_ids.append(token_id)
         reason = self._finish_reason(request, token_id)
         if reason is not None:
-            self._remove(request)
-            request.status = RequestStatus.FINISHED
-        return _output(request, reason, (token_id,), () if logprobs is None else (logprobs,))
+            self._end(request)
+        return _output(request, (token_id,), () if logprobs is None else (logprobs,), reason)
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        if token_id in request.stop_token_ids and request.num_output_tokens >= request.sampling.min_tokens:
+        num_output, sampling = len(request.output_token_ids), request.sampling
+        if token_id in request.end_token_ids and num_output > sampling.min_tokens:
             return FinishReason.STOP
-        if request.num_output_tokens >= request.sampling.max_tokens or request.num_tokens >= self.config.max_model_len:
+        if num_output >= sampling.max_tokens or request.num_tokens >= self._max_tokens:
             return FinishReason.LENGTH
         return None
 
+    def _end(self, request: Request) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self._stop_running(request)
+        else:
+            self._waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+
     def _preempt(self, request: Request) -> None:
-        self._remove(request)
+        self._stop_running(request)
         request.status = RequestStatus.WAITING
         self.num_preemptions += 1
         self.add(request)
 
-    def _remove(self, request: Request) -> None:
-        if request.status is RequestStatus.WAITING:
-            self._waiting.remove(request)
-            return
-        self._running.remove(request)
-        self.kv.free(request)
+    def _stop_running(self, request: Request) -> None:
         assert request.slot is not None
+        self._running.remove(request)
         self._free_slots.append(request.slot)
         request.slot = None
-
-
-def _rank(request: Request) -> tuple[int, int]:
-    return request.rank
+        self.kv.free(request)
 
 
 def _chunk(request: Request, budget: int) -> ScheduledChunk:
     assert request.slot is not None
     start = request.num_computed_tokens
-    num_tokens = min(budget, request.num_tokens - start)
-    samples = start + num_tokens == request.num_tokens and request.sampling.max_tokens > 0
-    return ScheduledChunk(request.slot, start, num_tokens, request.block_table, samples)
+    num_lacking = request.num_tokens - start
+    samples = num_lacking <= budget and request.sampling.max_tokens > 0
+    return ScheduledChunk(request.slot, start, min(budget, num_lacking), request.block_table, samples)
 
 
 def _new_sequence(request: Request) -> NewSequence:
     assert request.slot is not None
     return NewSequence(
         request.slot,
-        tuple(request.token_ids),
-        len(request.prompt_token_ids),
+        tuple(request.token_ids(0, request.num_tokens)),
+        request.num_prompt_tokens,
         request.sampling,
         request.choice,
         request.eos_token_ids,
     )
 
 
+def _scheduler_output(pairs: list[tuple[Request, ScheduledChunk]], new_sequences: list[NewSequence]) -> SchedulerOutput:
+    chunks = [chunk for _, chunk in pairs]
+    return SchedulerOutput([request for request, _ in pairs], StepInput(chunks, new_sequences))
+
+
 def _output(
     request: Request,
-    reason: FinishReason | None,
     token_ids: tuple[int, ...] = (),
     logprobs: tuple[TokenLogprobs, ...] = (),
+    reason: FinishReason | None = None,
     error: str | None = None,
 ) -> RequestOutput:
-    return RequestOutput(
-        request.request_id, request.choice, token_ids, logprobs, request.num_cached_tokens, reason, error
-    )
+    num_cached = request.num_cached_tokens or 0
+    return RequestOutput(request.request_id, request.choice, token_ids, logprobs, num_cached, reason, error)

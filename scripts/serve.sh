@@ -1,0 +1,5 @@
+#!/bin/sh -e
+# Installs lmserve if need be, and serves: scripts/serve.sh [MODEL…] [options]; --help lists them. Needs Python only.
+scripts=$(cd "$(dirname "$0")" && pwd)
+"$scripts/setup.sh"
+exec "$scripts/../.venv/bin/lmserve" serve "$@"

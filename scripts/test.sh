@@ -1,0 +1,6 @@
+#!/bin/sh -e
+# Installs what is missing, then runs all checks and all tests: scripts/test.sh [pytest arguments]
+cd "$(dirname "$0")/.."
+scripts/setup.sh dev
+scripts/check.sh
+exec .venv/bin/python -m pytest "$@"

