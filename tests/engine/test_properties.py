@@ -1,0 +1,164 @@
+"""Random lives of the engine: arrivals, cancels, faults, pools too small. Each request gets what it gets alone.
+
+The fake runner checks what it is told to do, ``WatchedScheduler`` who gets it, and ``live`` what comes out.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmserve.engine.messages import AddRequest, Cancel
+from lmserve.engine.request import Request, RequestStatus
+from lmserve.engine.scheduler import Scheduler, SchedulerOutput, max_request_tokens
+from lmserve.outputs import FinishReason
+from lmserve.runtime.interface import RunnerInfo
+from lmserve.sampling_params import SamplingParams
+from tests.engine.factories import Results, expected_output, make_config, make_engine
+from tests.engine.fake_runner import EOS, VOCAB_SIZE, FakeRunner, Faults, Moment, OutOfMemoryError, make_info
+
+MAX_STEPS_PER_REQUEST = 200
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    """The engine logs a trace for each fault, which would take longer than all the rest."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class WatchedScheduler(Scheduler):
+    """A scheduler that looks over its own shoulder."""
+
+    def schedule(self) -> SchedulerOutput:
+        before = list(self._running)
+        scheduled = super().schedule()
+        kept = [request for request in before if request.status is RequestStatus.RUNNING]
+        preempted = [request for request in before if request.status is not RequestStatus.RUNNING]
+        assert kept[:1] == before[:1], "the first in rank is never preempted"
+        _assert_order(kept, preempted)
+        started = [request for request in self._running if request not in before]
+        assert not (preempted and started), "who starts is not what others had to go for"
+        for request in self._waiting:
+            if any(request.rank < other.rank for other in started):
+                assert self.kv.prefix_is_pending(request), "only who waits for a prefix is passed"
+        if scheduled.step.num_tokens < self._max_num_batched_tokens:
+            assert set(scheduled.requests) == set(self._running), "budget is left, and somebody gets nothing"
+        assert scheduled.requests or not (self._running or self._waiting), "there is work, and nobody gets on"
+        return scheduled
+
+    def halve(self, scheduled: SchedulerOutput) -> SchedulerOutput:
+        fewer = super().halve(scheduled)
+        _assert_order(fewer.requests, [r for r in scheduled.requests if r not in fewer.requests])
+        assert len(fewer.requests) == -(-len(scheduled.requests) // 2)
+        return fewer
+
+
+def _assert_order(kept: list[Request], preempted: list[Request]) -> None:
+    assert not preempted or max(r.rank for r in kept) < min(r.rank for r in preempted)
+
+
+def make_messages(rng: random.Random, count: int, info: RunnerInfo) -> list[AddRequest]:
+    """Requests that fit. Many begin alike, because what they share is what can go wrong."""
+    limit = max_request_tokens(info)
+    stems = [[rng.randrange(VOCAB_SIZE) for _ in range(limit)] for _ in range(3)]
+    messages = []
+    for i in range(count):
+        stem = rng.choice(stems)[: rng.randint(0, limit - 1)]
+        tail = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 3))]
+        max_tokens = rng.randint(0, 20)
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            seed=rng.randint(0, 3),
+            n=rng.choice((1, 1, 1, 2, 4)),
+            min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.2 else 0,
+            ignore_eos=rng.random() < 0.5,
+            stop_token_ids=(rng.randrange(VOCAB_SIZE),) if rng.random() < 0.2 else (),
+        )
+        prompt = (stem + tail)[: limit - 1] or [0]
+        messages.append(AddRequest(str(i), prompt, sampling, [EOS], rng.choice((0, 0, 0, -1, 1))))
+    return messages
+
+
+def make_faults(rng: random.Random, count: int) -> Faults:
+    moments: tuple[Moment, ...] = ("launch", "written", "collect")
+    errors = (RuntimeError(), OutOfMemoryError(), MemoryError())
+    return {rng.randint(0, 100): (rng.choice(moments), rng.choice(errors)) for _ in range(count)}
+
+
+def live(rng: random.Random, info: RunnerInfo, num_requests: int, faults: Faults, *, prefix_caching: bool) -> int:
+    """One life, from the first request to the last answer. Returns the number of preemptions."""
+    engine = make_engine(FakeRunner(info, faults), prefix_caching=prefix_caching)
+    engine.scheduler = WatchedScheduler(make_config(info, prefix_caching=prefix_caching), engine.scheduler.kv)
+    messages = make_messages(rng, num_requests, info)
+    results, cancelled, num_sent = Results(), set(), 0
+    busy = rng.uniform(0.3, 0.9)
+    for _ in range(MAX_STEPS_PER_REQUEST * num_requests):
+        while num_sent < len(messages) and (not engine.has_work or rng.random() < busy):
+            assert engine.add_request(messages[num_sent]) == []
+            num_sent += 1
+        if num_sent and rng.random() < 0.05:
+            victim = Cancel(str(rng.randrange(num_sent)), rng.choice((None, None, 0, 1)))
+            results.take(outputs := engine.cancel(victim))
+            cancelled |= {(output.request_id, output.choice) for output in outputs}
+            engine.check_integrity()
+        results.take(engine.step())
+        engine.check_integrity()
+        if num_sent == len(messages) and not engine.has_work:
+            break
+    check_results(results, messages, cancelled, max_request_tokens(info), may_fail=bool(faults))
+    assert engine.stats.num_free_blocks == info.num_blocks
+    return engine.stats.num_preemptions
+
+
+def check_results(
+    results: Results, messages: list[AddRequest], cancelled: set[tuple[str, int]], limit: int, *, may_fail: bool
+) -> None:
+    """Everybody has ended, with all that is due, or with the beginning of it if cancelled or failed."""
+    for sent in messages:
+        for choice in range(sent.sampling.n):
+            key = (sent.request_id, choice)
+            tokens, reason = expected_output(sent, choice, limit)
+            got, end = results.token_ids[key], results.ends[key]
+            assert (end.finish_reason is FinishReason.ABORT) == (key in cancelled)
+            if end.finish_reason is FinishReason.ERROR:
+                assert may_fail
+            if end.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+                assert got == tokens[: len(got)]
+            else:
+                assert (got, end.finish_reason) == (tokens, reason)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 8), st.booleans(), st.integers(0, 3))
+def test_small_lives(rng: random.Random, num_requests: int, prefix_caching: bool, num_faults: int) -> None:
+    """Short enough to be read when hypothesis has found one that fails."""
+    info = make_info(
+        num_blocks=rng.randint(2, 16),
+        block_size=rng.choice((1, 2, 4)),
+        max_model_len=rng.randint(2, 30),
+        max_num_seqs=rng.randint(1, 5),
+        max_num_batched_tokens=rng.randint(1, 20),
+    )
+    live(rng, info, num_requests, make_faults(rng, num_faults), prefix_caching=prefix_caching)
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("num_faults", [0, 12])
+@pytest.mark.parametrize("seed", range(12))
+def test_long_lives(seed: int, num_faults: int, prefix_caching: bool) -> None:
+    rng = random.Random(seed)
+    info = make_info(
+        num_blocks=rng.randint(12, 30),
+        block_size=rng.choice((2, 4)),
+        max_model_len=40,
+        max_num_seqs=rng.randint(4, 16),
+        max_num_batched_tokens=rng.randint(8, 48),
+    )
+    assert live(rng, info, 150, make_faults(rng, num_faults), prefix_caching=prefix_caching) > 0, "it was too easy"
