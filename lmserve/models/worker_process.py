@@ -8,8 +8,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lmserve.config import ModelConfig
 from lmserve.engine.async_engine import AsyncEngine, read_message
@@ -17,10 +18,18 @@ from lmserve.engine.messages import PROTOCOL_VERSION, Hello, Load, LoadFailed, L
 from lmserve.errors import ModelLoadFailed, WorkerDied
 
 TERMINATE_SECONDS = 5.0
-WORKER_SPIN_COUNT = "2000"
-"""How often an idle compute thread of torch looks for work before it sleeps (libgomp's variable; the user's own value
-wins). The default is to spin for milliseconds, which is fine alone; where other programs want a core, as the client and
-this process do, steps were seen to take ten times as long."""
+WORKER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {
+        # How often an idle compute thread looks for work before it sleeps (libgomp). The default is to spin for
+        # milliseconds, which is fine alone; where other programs want a core, as the client and this process do, steps
+        # were seen to take ten times as long.
+        "GOMP_SPINCOUNT": "2000",
+        # Without it MKL's float32 products depend on how a thread's buffer is aligned, so that a request's logits have
+        # other last bits in other company (Intel calls the remedy conditional numerical reproducibility).
+        "MKL_CBWR": "AUTO",
+    }
+)
+"""What a worker's libraries are told. The user's own values win."""
 
 Progress = Callable[[str, float], None]
 
@@ -51,7 +60,7 @@ async def start_worker(config: ModelConfig, progress: Progress) -> WorkerProcess
             [sys.executable, "-m", "lmserve.worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            env={"GOMP_SPINCOUNT": WORKER_SPIN_COUNT, **os.environ},
+            env={**WORKER_ENVIRONMENT, **os.environ},
             start_new_session=True,  # a Ctrl-C at the terminal is the API process's to handle
         )
     ours.setblocking(False)

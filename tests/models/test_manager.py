@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -144,13 +145,13 @@ def test_names(tiny_folder: Path) -> None:
 
 def test_the_loaded_model_stops_at_the_limit(tiny_folder: Path) -> None:
     async def play() -> None:
-        manager = ModelManager([config(tiny_folder)])
+        manager = ModelManager([replace(config(tiny_folder), max_model_len=64)])
         manager.start()
         await manager.wait_loaded()
         (entry,) = manager.entries()
-        outputs = [output async for output in entry.engine.generate(request("a", 3001 - 3))]
-        assert outputs[-1].finish_reason is FinishReason.ERROR
-        assert "3001" in (outputs[-1].error or "")
+        outputs = [output async for output in entry.engine.generate(request("a", 1000))]
+        assert outputs[-1].finish_reason is FinishReason.LENGTH
+        assert sum(len(output.token_ids) for output in outputs) == 64 - 3
         await manager.stop()
 
     asyncio.run(play())
