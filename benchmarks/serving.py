@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -130,8 +131,12 @@ def facts(options: argparse.Namespace) -> dict[str, str]:
     }
 
 
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # unwinds, so that the contender is ended too
     try:
         figures = Run(options).figures()
     except ContenderError as error:

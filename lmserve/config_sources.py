@@ -212,7 +212,10 @@ def _sampling_values(layer: Layer) -> dict[str, float]:
 
 
 def _split_alias(text: str) -> tuple[str, str]:
-    """(id, model) of ``NAME=MODEL`` or ``MODEL``, whose name is that of the folder or file, or the hub's."""
+    """(id, model) of ``NAME=MODEL`` or ``MODEL``.
+
+    Without NAME the id is what the folder, the file or the repository on the hub is called, in lower case.
+    """
     alias, equals, model = text.partition("=")
     if equals and not os.path.exists(text):
         model = os.path.expanduser(model)
@@ -222,9 +225,8 @@ def _split_alias(text: str) -> tuple[str, str]:
             )
         return alias, model
     path = Path(text)
-    if path.is_file():
-        return path.stem, text
-    return (path.resolve().name if path.is_dir() else text), text
+    name = path.stem if path.is_file() else path.resolve().name
+    return name.lower(), text
 
 
 def _check_model(model: str) -> None:

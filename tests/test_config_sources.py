@@ -67,6 +67,11 @@ def test_lists_in_variables_have_commas_and_empty_variables_are_not_set() -> Non
         ({"model": ["nowhere.gguf"]}, {}, "nowhere.gguf: there is no such folder or file"),
         ({"model": ["a b=c"]}, {}, "NAME=MODEL"),
         ({"model": ["x=a/b", "x=c/d"]}, {}, "two models are called 'x'"),
+        (
+            {"model": ["a/Name", "b/name"]},
+            {},
+            "two models are called 'name'; give one of them another name: NAME=b/name",
+        ),
         ({"preset": "smolm2"}, {}, "did you mean smollm2?"),
         ({"ssl_keyfile": "key.pem"}, {}, "ssl_keyfile needs ssl_certfile"),
         ({"ssl_certfile": "nowhere.pem"}, {}, "ssl_certfile: cannot read nowhere.pem"),
@@ -109,7 +114,7 @@ def test_names_of_models(tmp_path: Path) -> None:
     gguf = tmp_path / "small.Q4.gguf"
     gguf.touch()
     models = resolve({"model": [str(folder), str(gguf), "org/name", f"alias={folder}"]}, {}).models
-    assert [m.model_id for m in models] == ["My-Model", "small.Q4", "org/name", "alias"]
+    assert [m.model_id for m in models] == ["my-model", "small.q4", "name", "alias"]
     assert models[3].model == models[0].model == str(folder)
 
 
@@ -169,7 +174,7 @@ def test_presets_are_found_by_name(model: str, preset: str | None) -> None:
     config = resolve({"model": [model]}, {})
     chosen = resolve({"model": [model], "preset": preset or "none"}, {})
     assert config.presets == chosen.presets
-    assert bool(config.preset_sampling(model)) == (preset is not None)
+    assert bool(config.preset_sampling(config.models[0].model_id)) == (preset is not None)
 
 
 def test_presets_are_found_by_model_type(tmp_path: Path) -> None:
@@ -184,7 +189,7 @@ def test_a_presets_values_stay_below_the_checkpoints_and_keep_their_names() -> N
     ]
     config = resolve(MODEL, {}, presets)
     assert config.default_repeat_penalty is None
-    assert config.preset_sampling("some/model") == {"repetition_penalty": 1.2}
+    assert config.preset_sampling("model") == {"repetition_penalty": 1.2}
     assert config.models[0].block_size == 64
     assert resolve({**MODEL, "preset": "a"}, {}, presets).models[0].block_size == 32
     assert resolve({**MODEL, "preset": "none"}, {}, presets).models[0].block_size == 16

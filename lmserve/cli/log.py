@@ -17,13 +17,11 @@ from lmserve.errors import LMServeError
 DEFAULT_URL = "http://127.0.0.1:1234"
 TYPE_PREFIX = "llm.prediction."
 
-app = typer.Typer(help="Watch a running server.", no_args_is_help=True)
+app = typer.Typer(help="Watch a running server.")
 
 
-class WrongFilter(typer.TyperException):
+class WrongFilter(LMServeError):
     """A value of ``--filter`` that is none."""
-
-    exit_code = 2
 
 
 class LogStreamFailed(LMServeError):

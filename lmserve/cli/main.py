@@ -7,7 +7,7 @@ import sys
 import typer
 
 from lmserve.cli import log, serve, version
-from lmserve.errors import LMServeError
+from lmserve.errors import ConfigError, LMServeError, ModelLoadFailed
 
 EXIT_FAILED = 1
 EXIT_START_FAILED = 3
@@ -15,7 +15,6 @@ EXIT_START_FAILED = 3
 app = typer.Typer(
     name="lmserve",
     help="An OpenAI-compatible server for Hugging Face transformers models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's tables cut long option names off
@@ -26,21 +25,20 @@ app.add_typer(log.app, name="log")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command and exits: 0, 1 when it failed, 2 for wrong usage, 3 when a server cannot be started.
+    """Runs a command and exits: 0, 1 when it failed, 2 for wrong usage, 3 when a server cannot be started,
+    130 (typer's) when it was interrupted.
 
-    Every failure is one line on standard error.
+    Every failure is one line on standard error. No arguments: the help.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    is_serve = arguments[:1] == ["serve"]
     try:
-        code = app(arguments, prog_name="lmserve", standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name="lmserve", standalone_mode=False)
     except typer.TyperException as error:
-        text = error.format_message()
-        code = _fail(text, EXIT_START_FAILED if is_serve else error.exit_code) if text else error.exit_code
+        code = _fail(error.format_message(), error.exit_code)
+    except (ConfigError, ModelLoadFailed) as error:
+        code = _fail(str(error), EXIT_START_FAILED)
     except LMServeError as error:
-        code = _fail(str(error), EXIT_START_FAILED if is_serve else EXIT_FAILED)
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = _fail(str(error), EXIT_FAILED)
     sys.exit(code)
 
 

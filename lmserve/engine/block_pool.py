@@ -104,8 +104,8 @@ class BlockPool:
             raise IntegrityError(f"the reference counts of blocks {wrong} differ from the block tables")
         if len(counted) + len(self._free) != self.num_blocks or not counted.keys().isdisjoint(self._free):
             raise IntegrityError(f"{len(counted)} used and {len(self._free)} free blocks, of {self.num_blocks}")
-        known = {block: block_hash for block, block_hash in enumerate(self._hash_of) if block_hash is not None}
-        if known != {block: block_hash for block_hash, block in self._block_of.items()}:
+        num_known = self.num_blocks - self._hash_of.count(None)
+        if len(self._block_of) != num_known or any(self._hash_of[b] != name for name, b in self._block_of.items()):
             raise IntegrityError("a block is found by a hash that is not its own")
 
     def _drop_contents(self, block: int) -> None:

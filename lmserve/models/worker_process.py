@@ -20,10 +20,6 @@ from lmserve.errors import ModelLoadFailed, WorkerDied
 TERMINATE_SECONDS = 5.0
 WORKER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
-        # How often an idle compute thread looks for work before it sleeps (libgomp). The default is to spin for
-        # milliseconds, which is fine alone; where other programs want a core, as the client and this process do, steps
-        # were seen to take ten times as long.
-        "GOMP_SPINCOUNT": "2000",
         # Without it MKL's float32 products depend on how a thread's buffer is aligned, so that a request's logits have
         # other last bits in other company (Intel calls the remedy conditional numerical reproducibility).
         "MKL_CBWR": "AUTO",

@@ -92,6 +92,7 @@ class StepOutput:
     """One entry for each chunk with ``samples``, in the order of the chunks."""
 
     token_ids: list[int]
+    """-1 where nothing could be drawn: the logits are not numbers, or no token is allowed."""
     logprobs: list[TokenLogprobs | None]
 
 

@@ -1,21 +1,27 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
-import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import typer
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from lmserve.cli.log import format_event, parse_filter
+from lmserve.api.log import LogEndpoint
+from lmserve.api.middleware import ApiKeyMiddleware
+from lmserve.cli.log import WrongFilter, format_event, parse_filter
+from lmserve.config import Config
+from lmserve.service.log_stream import LogStream
 from tests.cli.running import lmserve
 
 INPUT: dict[str, Any] = {
@@ -37,32 +43,37 @@ del OUTPUT["input"]
 
 
 @contextmanager
-def log_server(key: str = "") -> Iterator[str]:
-    """A real HTTP server that streams one prediction and ends. Its address."""
+def log_server(key: str = "", *, ends: bool = True) -> Iterator[str]:
+    """The real log endpoint on a real server: it tells each listener of one prediction, and hangs up. Its address."""
+    log = LogStream()
+    keys = [Middleware(ApiKeyMiddleware, keys=[key])] if key else []
+    app = Starlette(routes=[Route("/log/stream", LogEndpoint(log, Config()).stream)], middleware=keys)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
 
-    async def events(types: str) -> AsyncGenerator[str, None]:
-        yield ": listening\n\n"
-        for event in (INPUT, OUTPUT):
-            if not types or event["type"] in types.split(","):
-                yield f"data: {json.dumps(event)}\n\n"
-                yield ": keep-alive\n\n"
+    async def serve(listening: socket.socket) -> None:
+        telling = asyncio.create_task(tell_listeners(log, ends))
+        await server.serve([listening])
+        telling.cancel()
 
-    async def stream(request: Request) -> Response:
-        if key and request.headers.get("authorization") != f"Bearer {key}":
-            return JSONResponse({"error": {"message": "That key\nis wrong."}}, 401)
-        return StreamingResponse(events(request.query_params.get("types", "")), media_type="text/event-stream")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=lambda: asyncio.run(serve(listening)))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
-    app = Starlette(routes=[Route("/log/stream", stream)])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+
+async def tell_listeners(log: LogStream, ends: bool) -> None:
+    while True:
+        while not log.num_subscriptions:
+            await asyncio.sleep(0.005)
+        log.publish(lambda: INPUT)
+        log.publish(lambda: OUTPUT)
+        if not ends:
+            return
+        log.close()
 
 
 def test_for_people() -> None:
@@ -99,8 +110,19 @@ def test_a_server_that_asks_for_a_key() -> None:
         by_option = lmserve("log", "stream", "--url", url, "--api-key", "secret")
         by_variable = lmserve("log", "stream", "--url", url, LMSERVE_API_KEY="secret,other")
     assert without.returncode == 1
-    assert without.stderr == f"lmserve: {url} answers 401: That key is wrong.\n"
+    assert without.stderr == f"lmserve: {url} answers 401: Missing or wrong API key.\n"
     assert by_option.stdout.count("type:") == by_variable.stdout.count("type:") == 2
+
+
+def test_an_interrupt_ends_it_quietly() -> None:
+    with log_server(ends=False) as url:
+        command = [sys.executable, "-m", "lmserve", "log", "stream", "--json", "--url", url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert [json.loads(process.stdout.readline())["type"] for _ in range(2)] == [INPUT["type"], OUTPUT["type"]]
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 130
 
 
 def test_several_choices_and_other_events() -> None:
@@ -125,5 +147,5 @@ def test_filters(text: str, parts: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["in", "input,", "input output", ","])
 def test_filters_that_are_none(text: str) -> None:
-    with pytest.raises(typer.TyperException, match="'input', 'output', or 'input,output'"):
+    with pytest.raises(WrongFilter, match="'input', 'output', or 'input,output'"):
         parse_filter(text)

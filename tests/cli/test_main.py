@@ -25,15 +25,22 @@ def test_the_command_line_is_light(arguments: list[str]) -> None:
     assert done.stdout or arguments[-1] == "none"
 
 
+def test_no_arguments_show_the_help() -> None:
+    bare, asked = lmserve(), lmserve("--help")
+    assert (bare.returncode, bare.stdout, bare.stderr) == (0, asked.stdout, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["serve", "--prot", "1"], 3, "--port"),
-        (["serve", "--port"], 3, "--port"),
+        (["serve", "--prot", "1"], 2, "--port"),
+        (["serve", "--port"], 2, "--port"),
         (["serve", "--port", "x"], 3, "port (flag --port) must be a whole number in [0, 65535], got 'x'"),
         (["serve", "/nowhere/at/all"], 3, "/nowhere/at/all: there is no such folder or file"),
+        (["serve", "no\nmodel"], 3, "model no model: there is no such folder or file"),
         (["srve"], 2, "serve"),
-        (["log", "stream", "--filter", "inputs"], 2, "--filter values must be 'input', 'output', or 'input,output'"),
+        (["log"], 2, "Missing command"),
+        (["log", "stream", "--filter", "inputs"], 1, "--filter values must be 'input', 'output', or 'input,output'"),
         (["log", "stream", "--url", "http://127.0.0.1:1"], 1, "no answer from http://127.0.0.1:1"),
     ],
 )

@@ -116,6 +116,17 @@ def test_integrity_check_sees_what_is_wrong() -> None:
             pool.check_integrity(tables)
 
 
+def test_integrity_check_sees_contents_under_a_wrong_name() -> None:
+    pool = BlockPool(2)
+    table = fill(pool, 2)
+    pool._hash_of[table[0]] = hash_of(1)
+    with pytest.raises(IntegrityError, match="not its own"):
+        pool.check_integrity([table])
+    pool._hash_of[table[0]] = None
+    with pytest.raises(IntegrityError, match="not its own"):
+        pool.check_integrity([table])
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 12), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=60))
 def test_any_use_keeps_the_books(num_blocks: int, operations: list[tuple[int, int]]) -> None:

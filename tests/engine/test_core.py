@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from lmserve.sampling_params import SamplingParams
 from tests.engine.factories import Results, expected_output, make_engine, run_to_end
 from tests.engine.fake_runner import EOS, VOCAB_SIZE, FakeRunner, Faults, Moment, OutOfMemoryError, make_info
 
+ROOT = Path(__file__).parents[2]
 MOMENTS: tuple[Moment, ...] = ("launch", "written", "collect")
 
 
@@ -322,3 +326,22 @@ def test_the_context_of_the_configuration_counts_too() -> None:
     engine = make_engine(runner)
     assert engine.add_request(message("a", 63)) == []
     assert len(engine.add_request(message("b", 64))) == 1
+
+
+def test_the_engine_runs_without_torch() -> None:
+    """Nor does a lazy import bring it in: a fresh process plays a whole request with a failed step in it."""
+    program = """
+import sys
+from tests.engine import test_async_engine, test_core, test_properties, test_scheduler
+from tests.engine.fake_runner import FakeRunner, OutOfMemoryError, make_info
+engine = test_core.make_engine(FakeRunner(make_info(), {1: ("launch", OutOfMemoryError())}))
+sent = test_core.message(n=3)
+engine.add_request(sent)
+test_core.assert_complete(test_core.run_to_end(engine), sent)
+assert engine.stats.num_preemptions == 1
+sys.exit(", ".join(name for name in ("torch", "transformers") if name in sys.modules) or None)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr

@@ -137,6 +137,16 @@ def test_nobody_waits_for_one_that_is_gone() -> None:
     kv.check_integrity([])
 
 
+def test_one_who_computes_the_same_does_not_end_the_waiting_for_another() -> None:
+    kv = KVCacheManager(16, 4)
+    first, twin, third = make_request(12), make_request(12, name="twin"), make_request(12, name="third")
+    assert kv.admit(first)
+    assert kv.admit(twin)
+    kv.free(twin)
+    assert kv.prefix_is_pending(third)
+    kv.check_integrity([first])
+
+
 def test_uncomputed_contents_are_never_found() -> None:
     kv = KVCacheManager(16, 4)
     first = make_request(12)

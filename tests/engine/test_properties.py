@@ -135,7 +135,7 @@ def check_results(
                 assert (got, end.finish_reason) == (tokens, reason)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=2_000, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(1, 8), st.booleans(), st.integers(0, 3))
 def test_small_lives(rng: random.Random, num_requests: int, prefix_caching: bool, num_faults: int) -> None:
     """Short enough to be read when hypothesis has found one that fails."""
@@ -158,7 +158,7 @@ def test_long_lives(seed: int, num_faults: int, prefix_caching: bool) -> None:
         num_blocks=rng.randint(12, 30),
         block_size=rng.choice((2, 4)),
         max_model_len=40,
-        max_num_seqs=rng.randint(4, 16),
+        max_num_seqs=rng.randint(6, 16),
         max_num_batched_tokens=rng.randint(8, 48),
     )
     assert live(rng, info, 150, make_faults(rng, num_faults), prefix_caching=prefix_caching) > 0, "it was too easy"
