@@ -89,7 +89,10 @@ class ModelManager:
         return list(self._entries.values())
 
     def resolve(self, name: str | None) -> ModelEntry:
-        """The entry a client means: its id, a unique part of it after a slash, or any name if there is only one model.
+        """The entry a client means.
+
+        Its id; or what stands behind the id's slash, or where the model comes from (a hub name, say), if that is one
+        model's alone; or any name if there is only one model and names are not strict.
 
         Raises:
             ModelNotFound: with the names there are.
@@ -101,9 +104,9 @@ class ModelManager:
             exact = self._entries.get(name)
             if exact is not None:
                 return exact
-            endings = [entry for key, entry in self._entries.items() if key.rpartition("/")[2] == name]
-            if len(endings) == 1:
-                return endings[0]
+            alike = [entry for entry in self._entries.values() if _is_other_name(entry, name)]
+            if len(alike) == 1:
+                return alike[0]
         if len(self._entries) == 1 and (name is None or not self._strict_names):
             return next(iter(self._entries.values()))
         known = ", ".join(self._entries)
@@ -205,3 +208,7 @@ class ModelManager:
         entry.state, entry.failure = state, failure
         async with self._changed:
             self._changed.notify_all()
+
+
+def _is_other_name(entry: ModelEntry, name: str) -> bool:
+    return name in (entry.model_id.rpartition("/")[2], entry.path)

@@ -133,6 +133,8 @@ def test_names(tiny_folder: Path) -> None:
     assert one.resolve("one").model_id == "org/one"
     assert one.resolve("gpt-4o").model_id == "org/one", "with one model any name is served by it"
     assert one.resolve(None).model_id == "org/one"
+    hub = ModelManager([config("Qwen/Qwen3-0.6B", "qwen3-0.6b"), config(tiny_folder, "other")], strict_names=True)
+    assert hub.resolve("Qwen/Qwen3-0.6B").model_id == "qwen3-0.6b"
     strict = ModelManager([config(tiny_folder, "org/one")], strict_names=True)
     with pytest.raises(ModelNotFound, match=r"'gpt-4o' is not loaded. Your models: org/one"):
         strict.resolve("gpt-4o")
