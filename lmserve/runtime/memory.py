@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
 from lmserve.errors import ModelLoadFailed
 
+CGROUP = Path("/sys/fs/cgroup")
 CPU_SHARE = 0.25
 """Of the free memory: the machine is the user's, other programs and other models want some too."""
 GPU_SHARE = 0.85
@@ -29,7 +31,25 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return int(psutil.virtual_memory().available)
+    limited = container_free_bytes(CGROUP)
+    available = int(psutil.virtual_memory().available)
+    return available if limited is None else min(available, limited)
+
+
+def container_free_bytes(folder: Path) -> int | None:
+    """What a container's memory limit leaves (control groups version 2), or None without one.
+
+    The page cache counts as used there and is given back on demand, so what of it is inactive counts as free.
+    """
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return None
 
 
 def size_cache(

@@ -189,7 +189,8 @@ def test_a_full_queue_refuses_until_somebody_ends() -> None:
         runner.allow()
         for i, task in enumerate(tasks):
             assert_complete(await task, message(str(i), 2, n=2 if i < 2 else 1))
-        assert_complete(await collect(engine, message("3", n=5)), message("3", n=5))
+        for name in ("3", "4"):
+            assert_complete(await collect(engine, message(name, n=5)), message(name, n=5))
 
     act(play, runner, max_waiting=3)
 
@@ -216,11 +217,14 @@ def test_what_the_engine_refuses_ends_with_an_error() -> None:
 
 
 def test_when_the_worker_dies_every_live_request_hears_it_once() -> None:
-    runner = FakeRunner(make_info(max_num_seqs=2), {3: ("collect", FatalRunnerError("device"))})
+    runner = GatedRunner(make_info(max_num_seqs=2), {3: ("collect", FatalRunnerError("device"))})
     requests = [message("done", 2), message("running", 50), message("waiting", 50), message("n", n=3)]
 
     async def play(engine: AsyncEngine) -> None:
-        heard = await asyncio.gather(*(collect(engine, r) for r in requests), return_exceptions=True)
+        tasks = [asyncio.create_task(collect(engine, request)) for request in requests]
+        await wait_until(lambda: engine.num_live == 4)
+        runner.allow()
+        heard = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(heard[0], Results)
         assert_complete(heard[0], requests[0])
         assert [type(each) for each in heard[1:]] == [WorkerDied] * 3

@@ -175,3 +175,12 @@ def test_integrity_check_wants_every_table() -> None:
     kv.check_integrity([request])
     with pytest.raises(IntegrityError):
         kv.check_integrity([])
+
+
+def test_integrity_check_sees_who_is_waited_for_in_vain() -> None:
+    kv = KVCacheManager(4, 4)
+    request = make_request(8)
+    assert kv.admit(request)
+    kv._pool.release(request.block_table)
+    with pytest.raises(IntegrityError, match="does not run"):
+        kv.check_integrity([])

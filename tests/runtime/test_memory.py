@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lmserve.errors import ModelLoadFailed
-from lmserve.runtime.memory import CacheSize, size_cache
+from lmserve.runtime.memory import CacheSize, container_free_bytes, size_cache
 
 
 def size(**overrides: int | str | None) -> CacheSize:
@@ -53,3 +55,15 @@ def test_a_cache_of_less_than_one_block_is_refused() -> None:
 
 def test_a_gpu_gets_most_of_what_is_free() -> None:
     assert size(device_type="cuda", free=100_000).num_blocks == 85
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    assert container_free_bytes(tmp_path) is None, "no control group"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_free_bytes(tmp_path) is None, "no limit"
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    assert container_free_bytes(tmp_path) == 450
+    (tmp_path / "memory.current").write_text("5000\n")
+    assert container_free_bytes(tmp_path) == 0
