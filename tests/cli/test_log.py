@@ -114,14 +114,25 @@ def test_a_server_that_asks_for_a_key() -> None:
     assert by_option.stdout.count("type:") == by_variable.stdout.count("type:") == 2
 
 
+def heed_interrupts() -> None:
+    """As at a terminal: a shell starts what it runs in the background with interrupts ignored, these tests included."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_ends_it_quietly() -> None:
     with log_server(ends=False) as url:
         command = [sys.executable, "-m", "lmserve", "log", "stream", "--json", "--url", url]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert [json.loads(process.stdout.readline())["type"] for _ in range(2)] == [INPUT["type"], OUTPUT["type"]]
-            process.send_signal(signal.SIGINT)
-            assert process.communicate(timeout=30) == ("", "")
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        ) as process:
+            try:
+                assert process.stdout is not None
+                types = [json.loads(process.stdout.readline())["type"] for _ in range(2)]
+                assert types == [INPUT["type"], OUTPUT["type"]]
+                process.send_signal(signal.SIGINT)
+                assert process.communicate(timeout=30) == ("", "")
+            finally:
+                process.kill()
     assert process.returncode == 130
 
 
