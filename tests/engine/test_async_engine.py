@@ -11,9 +11,9 @@ import pytest
 
 from lmserve.engine import messages
 from lmserve.engine.async_engine import AsyncEngine
-from lmserve.engine.messages import HEADER, AddRequest, EngineStats, MessageTooLong
+from lmserve.engine.messages import HEADER, AddRequest, EngineStats, MessageTooLong, StepOutputs, encode
 from lmserve.errors import InvalidRequest, QueueFull, WorkerDied
-from lmserve.outputs import FinishReason
+from lmserve.outputs import FinishReason, RequestOutput
 from lmserve.runtime.interface import FatalRunnerError
 from lmserve.sampling_params import SamplingParams
 from tests.engine.engine_thread import SECONDS, EngineThread, GatedRunner
@@ -79,17 +79,19 @@ def assert_complete(results: Results, request: AddRequest) -> None:
 
 def test_each_of_many_concurrent_requests_gets_its_own() -> None:
     requests = [message(str(i), 1 + i % 13, n=1 + i % 3, seed=i, num_tokens=1 + i) for i in range(40)]
+    runner = GatedRunner(make_info())
 
     async def play(engine: AsyncEngine) -> None:
         tasks = [asyncio.create_task(collect(engine, request)) for request in requests]
         await wait_until(lambda: engine.num_live == 40)
+        runner.allow()
         for request, task in zip(requests, tasks, strict=True):
             assert_complete(await task, request)
         assert engine.num_live == 0
         assert engine.stats.num_finished == sum(request.sampling.n for request in requests)
         assert engine.stats.num_free_blocks == engine.info.num_blocks
 
-    act(play, FakeRunner(make_info()))
+    act(play, runner)
 
 
 def test_outputs_come_as_they_are_made() -> None:
@@ -161,18 +163,6 @@ def test_a_cancelled_choice_says_so_and_the_others_go_on() -> None:
             assert results.token_ids[("a", choice)] == expected_output(request, choice, 64)[0]
 
     act(play, runner)
-
-
-def test_a_request_that_has_ended_is_not_cancelled() -> None:
-    async def play(engine: AsyncEngine) -> None:
-        outputs = engine.generate(message(max_tokens=1))
-        output = await anext(outputs)
-        assert output.finish_reason is FinishReason.LENGTH
-        await outputs.aclose()
-        assert_complete(await collect(engine, message("b")), message("b"))
-        assert engine.stats.num_cancelled == 0
-
-    act(play, FakeRunner(make_info()))
 
 
 def test_a_full_queue_refuses_until_somebody_ends() -> None:
@@ -253,21 +243,45 @@ def test_shutting_down_ends_the_worker_and_what_still_runs() -> None:
     assert act(play, runner).join() is None
 
 
+@contextlib.asynccontextmanager
+async def asking() -> AsyncGenerator[tuple[socket.socket, AsyncEngine, asyncio.Task[Results]], None]:
+    """A worker's socket that the test speaks through, an engine without its ``run``, a request that has been sent."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        reader, writer = await asyncio.open_connection(sock=ours)
+        engine = AsyncEngine(reader, writer, make_info(), max_waiting=1, name="tiny")
+        task = asyncio.create_task(collect(engine, message()))
+        await wait_until(lambda: engine.num_live == 1)
+        assert theirs.recv(10_000) == encode(message())
+        yield theirs, engine, task
+        writer.close()
+        await writer.wait_closed()
+
+
+def test_a_request_that_has_ended_is_not_cancelled() -> None:
+    async def play() -> None:
+        async with asking() as (worker, engine, task):
+            running = asyncio.create_task(engine.run())
+            last = RequestOutput("a", 0, (1,), finish_reason=FinishReason.STOP)
+            worker.sendall(encode(StepOutputs([last], EngineStats())))
+            assert (await task).ends == {("a", 0): last}
+            worker.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                worker.recv(1)
+            worker.close()
+            await running
+
+    asyncio.run(asyncio.wait_for(play(), SECONDS))
+
+
 def test_a_frame_over_the_limit_ends_the_connection() -> None:
     async def play() -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            reader, writer = await asyncio.open_connection(sock=ours)
-            engine = AsyncEngine(reader, writer, make_info(), max_waiting=1, name="tiny")
-            running = asyncio.create_task(engine.run())
-            asking = asyncio.create_task(collect(engine, message()))
-            await wait_until(lambda: engine.num_live == 1)
-            theirs.sendall(HEADER.pack(2**31))
+        async with asking() as (worker, engine, task):
+            worker.sendall(HEADER.pack(2**31))
             with pytest.raises(MessageTooLong):
-                await running
+                await engine.run()
             with pytest.raises(WorkerDied):
-                await asking
-            await writer.wait_closed()
+                await task
 
     asyncio.run(asyncio.wait_for(play(), SECONDS))
 
