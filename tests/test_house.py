@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import lmserve
+from lmserve.config import keys
+from lmserve.runtime.attention import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for top in ("lmserve", "tests", "benchmarks", "scripts") for path in (ROOT / top).rglob("*.py"))
@@ -52,6 +54,25 @@ def test_every_module_of_the_package_is_documented() -> None:
 def test_the_version_is_the_changelogs() -> None:
     headings = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings[0] == lmserve.__version__
+
+
+def test_the_recipe_for_a_sampling_parameter_names_its_files() -> None:
+    """Held to a parameter that is as plain as they come: no default of the server's, no filter of its own."""
+    recipes = re.split(r"^- ", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (recipe,) = (text for text in recipes if text.startswith("**A sampling parameter**"))
+    modules = [path for path in SOURCES if path.is_relative_to(ROOT / "lmserve")]
+    touched = {str(path.relative_to(ROOT)) for path in modules if "presence_penalty" in path.read_text("utf-8")}
+    assert set(re.findall(r"`(lmserve/[\w/]+\.py)`", recipe)) == touched
+
+
+def test_every_attention_backend_can_be_configured() -> None:
+    assert set(keys()["attention_backend"].choices) == {"auto", *BACKENDS}
+
+
+def test_the_files_that_newcomers_are_sent_to_exist() -> None:
+    named = re.findall(r"`((?:lmserve|configs|tests|scripts)/[\w./]*)`", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    assert len(named) > 5
+    assert not [path for path in named if not (ROOT / path).exists()]
 
 
 @pytest.mark.parametrize("room", ["api", "cli", "engine", "models", "service"])

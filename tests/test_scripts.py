@@ -13,20 +13,21 @@ from lmserve.models.starter import STARTERS
 from tests.pyproject import PYPROJECT
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 
 RECORDING_PYTHON = r"""#!/bin/sh
-echo "$@" >>"$RECORD"
+[ "$1" = -c ] || echo "$@" >>"$RECORD"
 case "$*" in
 "-m venv "*)
     mkdir -p .venv/bin
     cp "$0" .venv/bin/python
     printf '#!/bin/sh\necho "lmserve $@"\n' >.venv/bin/lmserve
     chmod +x .venv/bin/lmserve ;;
+"-c "*) [ -z "$IS_OLD" ] ;;
 *pip*) [ -z "$PIP_FAILS" ] ;;
 esac
 """
-"""Stands for a machine's Python: keeps what it was asked for; its virtual environments have what scripts look at."""
+"""Stands for a machine's Python: keeps which modules it ran; its virtual environments have what scripts look at."""
 
 
 class Checkout:
@@ -97,6 +98,21 @@ def test_a_developers_environment_serves_too_but_not_the_other_way(checkout: Che
     assert "-m pip install -c constraints.txt -e .[dev]" in checkout.run("setup.sh", "dev")[1]
 
 
+def test_an_old_python_is_refused_in_one_line(checkout: Checkout) -> None:
+    done, asked = checkout.run("serve.sh", IS_OLD="yes")
+    assert (done.returncode, done.stdout, asked) == (3, "", [])
+    assert re.fullmatch(r"lmserve needs Python 3\.10 or later, and /\S+/python3 is not: .*\n", done.stderr)
+    done, _ = checkout.run("serve.sh", PYTHON="/not/there")
+    assert "/not/there is not" in done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(("version", "code"), [((3, 9, 18), 1), ((3, 10, 0), 0), ((4, 0, 0), 0)])
+def test_which_python_is_old(version: tuple[int, int, int], code: int) -> None:
+    """The expression that setup.sh asks Python, on versions that are not at hand."""
+    (expression,) = re.findall(r"sys\.exit\((.*?)\)' ", (ROOT / "scripts" / "setup.sh").read_text(encoding="utf-8"))
+    assert int(eval(expression, {"sys": type("sys", (), {"version_info": version})})) == code
+
+
 def test_a_failed_installation_is_tried_again(checkout: Checkout) -> None:
     done, _ = checkout.run("serve.sh", PIP_FAILS="yes")
     assert done.returncode != 0
@@ -109,15 +125,16 @@ def test_a_failed_installation_is_tried_again(checkout: Checkout) -> None:
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_short_and_say_what_they_do(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "#!/bin/sh -e"
+    assert lines[0] in ("#!/bin/sh", "#!/bin/sh -e")
     assert lines[1].startswith("# ")
+    assert {"set -eu", "#!/bin/sh -e"} & set(lines)
     assert len(lines) <= 25
     assert os.access(path, os.X_OK)
 
 
 def test_scripts_pass_the_linter() -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"
-    done = subprocess.run([shellcheck, *SCRIPTS, ROOT / ".ci" / "run"], capture_output=True, text=True, check=False)
+    done = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 

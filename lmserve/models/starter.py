@@ -14,6 +14,7 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from lmserve.errors import ConfigError, ModelLoadFailed
 
@@ -78,9 +79,9 @@ def ensure_starter(name: str, cache: Path | None = None) -> Path:
     source = _find_source(starter)
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with _lock(models / f".{starter.folder}.lock"):
+        with _lock(models / f".{starter.folder}.lock") as lock:
             if not target.is_dir():
-                _build(source, target)
+                _build(source, target, lock)
     except OSError as error:
         raise ConfigError(f"cannot make the starter model in {models}: {error.strerror or error}") from error
     return target
@@ -100,14 +101,18 @@ def _find_source(starter: Starter) -> Path:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds the file's lock, which the system releases when the process ends, however it ends."""
+def _lock(path: Path) -> Iterator[TextIO]:
+    """Holds the file's lock, which the system releases when all who have the file open have ended, however they end."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("waiting for another start that makes the starter model")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
-def _build(source: Path, target: Path) -> None:
+def _build(source: Path, target: Path, lock: TextIO) -> None:
     prefix = f".{target.name}.building-"
     for left_over in target.parent.glob(f"{prefix}*"):
         shutil.rmtree(left_over)
@@ -117,7 +122,7 @@ def _build(source: Path, target: Path) -> None:
         if source.is_dir():
             shutil.copytree(source, building, copy_function=_link_or_copy, ignore=_HIDDEN, dirs_exist_ok=True)
         else:
-            _convert(source, building)
+            _convert(source, building, lock)
         building.chmod(0o755)
         building.rename(target)
     except BaseException:
@@ -126,10 +131,13 @@ def _build(source: Path, target: Path) -> None:
     _say(f"the starter model {target.name} is ready")
 
 
-def _convert(source: Path, target: Path) -> None:
-    """In a process of its own: this one never holds torch."""
+def _convert(source: Path, target: Path, lock: TextIO) -> None:
+    """In a process of its own: this one never holds torch.
+
+    That process holds the lock too: if only this one is killed, the next start waits until nobody writes any more.
+    """
     command = [sys.executable, "-m", "lmserve.runtime.gguf_folder", str(source), str(target)]
-    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()], check=False).returncode
     if code != 0:
         raise ModelLoadFailed(f"{source.name} cannot be converted (exit code {code}; the reason is above)")
     for file in target.iterdir():  # safetensors writes files that only their owner can read

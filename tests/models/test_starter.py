@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +23,25 @@ EMBEDDING = "all-minilm-l6-v2"
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ensure_starter(CHAT, tmp_path_factory.mktemp("cache"))
+
+
+def start_process(name: str, cache: Path) -> subprocess.Popen[str]:
+    """A process that makes the starter and prints its folder."""
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom lmserve.models.starter import ensure_starter\n"
+        "print(ensure_starter(sys.argv[1], Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", program, name, str(cache)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def converter_of(start: subprocess.Popen[str]) -> psutil.Process:
+    """The process that converts for a start, as soon as it is there."""
+    parent = psutil.Process(start.pid)
+    while not (found := parent.children()):
+        assert start.poll() is None
+        time.sleep(0.01)
+    return found[0]
 
 
 @pytest.mark.slow
@@ -77,12 +97,7 @@ def test_the_embedding_model_is_linked_or_copied(tmp_path: Path, capfd: pytest.C
 
 
 def test_starts_at_once_build_once(tmp_path: Path) -> None:
-    program = (
-        "import sys\nfrom pathlib import Path\nfrom lmserve.models.starter import ensure_starter\n"
-        f"ensure_starter({EMBEDDING!r}, Path(sys.argv[1]))"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    starts = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    starts = [start_process(EMBEDDING, tmp_path) for _ in range(4)]
     said = [start.communicate(timeout=60)[1] for start in starts]
     assert [start.returncode for start in starts] == [0] * 4
     assert sum("preparing" in text for text in said) == 1
@@ -92,21 +107,39 @@ def test_starts_at_once_build_once(tmp_path: Path) -> None:
 def test_a_start_waits_for_another_ones_building(tmp_path: Path) -> None:
     models = tmp_path / "models"
     models.mkdir()
-    program = (
-        "import sys\nfrom pathlib import Path\nfrom lmserve.models.starter import ensure_starter\n"
-        f"print('ready', flush=True)\nprint(ensure_starter({EMBEDDING!r}, Path(sys.argv[1])))"
-    )
     with (models / ".all-MiniLM-L6-v2.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        start = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert start.stdout is not None
-        assert start.stdout.readline() == "ready\n"
-        time.sleep(0.5)  # only a start that does not wait needs this: it would have built by now
+        start = start_process(EMBEDDING, tmp_path)
+        assert start.stderr is not None
+        assert "waiting for another start" in start.stderr.readline()
         (models / "all-MiniLM-L6-v2").mkdir()
     out, err = start.communicate(timeout=60)
     assert (out, err, start.returncode) == (f"{models}/all-MiniLM-L6-v2\n", "", 0)
+
+
+def test_a_start_that_is_killed_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    """Also when its conversion outlives it: the next start waits for that, clears its folder away and begins anew."""
+    models = tmp_path / "models"
+    first = start_process(CHAT, tmp_path)
+    converter = converter_of(first)
+    converter.suspend()
+    try:
+        first.kill()
+        first.wait(timeout=60)
+        (left_over,) = [path for path in models.iterdir() if path.is_dir()]
+        assert left_over.name.startswith(".SmolLM2-135M-Instruct.building-")
+        second = start_process(CHAT, tmp_path)
+        assert second.stderr is not None
+        assert "waiting for another start" in second.stderr.readline()
+    finally:
+        converter.kill()
+        first.communicate(timeout=60)
+    assert "preparing the starter model" in second.stderr.readline()
+    assert not left_over.exists()
+    converter = converter_of(second)
+    second.kill()
+    converter.kill()
+    second.communicate(timeout=60)
 
 
 def test_what_a_killed_start_left_is_cleared_away(tmp_path: Path) -> None:
