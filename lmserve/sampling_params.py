@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lmserve.errors import InvalidRequest
 
@@ -11,6 +13,42 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 4096
 MAX_STOP_TOKEN_IDS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that a parameter may be."""
+
+    low: float
+    high: float
+    low_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.low_open else self.low <= value
+        return math.isfinite(value) and above and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'(' if self.low_open else '['}{self.low}, {self.high}]"
+
+
+RANGES: Mapping[str, Range] = MappingProxyType(
+    {
+        "temperature": Range(0, 2),
+        "top_p": Range(0, 1, low_open=True),
+        "min_p": Range(0, 1),
+        "typical_p": Range(0, 1, low_open=True),
+        "repeat_penalty": Range(0, 10, low_open=True),
+        "presence_penalty": Range(-2, 2),
+        "frequency_penalty": Range(-2, 2),
+        "logit_bias": Range(-100, 100),
+        "top_k": Range(0, 2**31 - 1),
+        "n": Range(1, MAX_CHOICES),
+        "max_tokens": Range(0, 2**31 - 1),
+        "seed": Range(-(2**63), 2**63 - 1),
+        "top_logprobs": Range(0, MAX_LOGPROBS),
+    }
+)
+"""By the parameters' names on the wire."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,23 +88,17 @@ class SamplingParams:
     """None: no log-probabilities. k >= 0: that of each sampled token and of the k likeliest ones."""
 
     def __post_init__(self) -> None:
-        _in_range("temperature", self.temperature, 0, 2)
-        _in_range("top_p", self.top_p, 0, 1, low_open=True)
-        _in_range("min_p", self.min_p, 0, 1)
-        _in_range("typical_p", self.typical_p, 0, 1, low_open=True)
-        _in_range("repeat_penalty", self.repetition_penalty, 0, 10, low_open=True)
-        _in_range("presence_penalty", self.presence_penalty, -2, 2)
-        _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
-        _in_range("top_k", self.top_k, 0, 2**31 - 1)
-        _in_range("n", self.n, 1, MAX_CHOICES)
-        _in_range("max_tokens", self.max_tokens, 0, 2**31 - 1)
-        _in_range("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _in_range("seed", self.seed, -(2**63), 2**63 - 1)
+        for name in ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "top_k"):
+            _in_range(name, getattr(self, name))
+        for name in ("n", "max_tokens", "seed"):
+            _in_range(name, getattr(self, name))
+        _in_range("repeat_penalty", self.repetition_penalty)
+        _in_range("min_tokens", self.min_tokens, Range(0, self.max_tokens))
         if self.logprobs is not None:
-            _in_range("top_logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            _in_range("top_logprobs", self.logprobs)
         _at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for _, bias in self.logit_bias:
-            _in_range("logit_bias", bias, -100, 100)
+            _in_range("logit_bias", bias)
         _at_most("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
 
     @property
@@ -74,11 +106,10 @@ class SamplingParams:
         return self.temperature == 0
 
 
-def _in_range(param: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
-    ok = math.isfinite(value) and (low < value if low_open else low <= value) and value <= high
-    if not ok:
-        interval = f"{'(' if low_open else '['}{low}, {high}]"
-        raise InvalidRequest(f"{param} must be in {interval}, got {value}.", param)
+def _in_range(param: str, value: float, allowed: Range | None = None) -> None:
+    allowed = allowed or RANGES[param]
+    if value not in allowed:
+        raise InvalidRequest(f"{param} must be in {allowed}, got {value}.", param)
 
 
 def _at_most(param: str, count: int, limit: int) -> None:
