@@ -92,6 +92,15 @@ class Config:
     ssl_certfile: str = _key("", "TLS certificate (PEM); with it the server speaks https", path=True)
     ssl_keyfile: str = _key("", "TLS key (PEM), if it is not in the certificate's file", path=True)
     max_body_bytes: int = _key(32 * 2**20, "bytes of a request's body at most", low=1, unit="bytes")
+    body_seconds: float = _key(120.0, "time that a request's body may take to come", low=0.1, high=86400)
+    max_json_nesting: int = _key(64, "levels of objects and arrays in a request's body", low=4, high=500)
+    max_n: int = _key(128, "choices of one prompt (n)", low=1, high=128)
+    max_choices: int = _key(2048, "choices of one request: prompts times n", low=1, high=65536)
+    max_stop: int = _key(16, "stop strings of one request", low=1, high=1024)
+    max_prompt_tokens: int = _key(0, "tokens of one prompt; 0: what the context allows", low=0)
+    first_token_seconds: float = _key(
+        600.0, "time that a request may wait for its first token; then it is a 503", low=0.1, high=86400
+    )
     keep_alive_seconds: float = _key(10.0, "silence after which a stream gets a comment line", low=0.1, high=3600)
     drain_seconds: float = _key(
         30.0, "time that running requests have when the server is told to stop", low=0, high=86400

@@ -6,9 +6,11 @@ LMServeError
 │   ├── InvalidRequest       a field is missing, malformed or out of range
 │   ├── UnsupportedField     a field that lmserve knows of and does not honour (yet)
 │   ├── ContextLengthExceeded
+│   ├── PromptTooLong        longer than this server is configured to take
 │   └── ModelNotFound
 ├── Unavailable              try again later
 │   ├── QueueFull
+│   ├── FirstTokenTimeout    it waited too long for its first token
 │   └── NotReady             starting, draining, or the worker is being started again
 └── EngineError              our fault, or the machine's
     ├── ModelLoadFailed
@@ -60,6 +62,13 @@ class ContextLengthExceeded(RequestError):
         self.max_tokens = max_tokens
 
 
+class PromptTooLong(RequestError):
+    """The prompt is longer than the configuration allows, whatever the model could take."""
+
+    def __init__(self, *, limit: int, num_prompt_tokens: int, param: str) -> None:
+        super().__init__(f"{param}: the prompt has {num_prompt_tokens} tokens, and this server takes {limit}.", param)
+
+
 class ModelNotFound(RequestError):
     """No loaded model answers to the name."""
 
@@ -74,6 +83,10 @@ class Unavailable(LMServeError):
 
 class QueueFull(Unavailable):
     """More requests wait than the configuration allows."""
+
+
+class FirstTokenTimeout(Unavailable):
+    """The request waited too long for its first token, and was given up."""
 
 
 class NotReady(Unavailable):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lmserve.api.schema.fields import CHAT_REFUSED, COMPLETION_REFUSED
+from lmserve.api.schema.chat import ChatCompletionRequest
+from lmserve.api.schema.completions import CompletionRequest
+from lmserve.api.schema.fields import Treatment, table
 from lmserve.api.schema.sampling import SamplingFields
 from lmserve.config import keys
 
@@ -71,11 +73,12 @@ def test_its_links_lead_somewhere() -> None:
 
 def test_every_sampling_field_is_named() -> None:
     named = set(re.findall(r"`([a-z_]+)(?:\.\w+)?`", README))
-    fields = set(SamplingFields.__struct_fields__) - {"model"}
-    assert fields - named == set()
+    honoured = {name for name, row in table(SamplingFields).items() if row.treatment is Treatment.HONOURED}
+    assert honoured - {"model"} - named == set()
 
 
 def test_what_is_said_to_be_refused_is() -> None:
     (line,) = re.findall(r"^\| refused by name.*$", README, re.MULTILINE)
-    refused = CHAT_REFUSED.keys() | COMPLETION_REFUSED.keys()
+    rows = [*table(ChatCompletionRequest).values(), *table(CompletionRequest).values()]
+    refused = {row.name for row in rows if row.treatment is Treatment.REFUSED}
     assert set(re.findall(r"`([a-z_]+)`", line)) <= refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from lmserve.api.schema.fields import Refused
+from lmserve.api.schema.fields import Treatment, table
+from lmserve.api.settings import ApiSettings
+from lmserve.api.strict_json import check_json
 from lmserve.errors import InvalidRequest, UnsupportedField
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -27,11 +30,19 @@ _JSON_NAMES = {"str": "string", "int": "integer", "float": "number", "bool": "bo
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def read_request(request: Request, kind: type[T], settings: ApiSettings) -> tuple[T, list[str]]:
+    """The body as a checked struct, and the names of fields that have no effect. Raises as the two steps do."""
+    body = await read_body(request, settings.max_body_bytes, settings.body_seconds)
+    check_json(body, settings.max_json_nesting)
+    return parse_body(body, kind)
+
+
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
     """The body, counted while it comes.
 
     Raises:
-        HTTPException: 415 for another media type than JSON, 413 for more than ``limit`` bytes.
+        HTTPException: 415 for another media type than JSON, 413 for more than ``limit`` bytes, 408 if it is not there
+            after ``seconds``.
     """
     # A web page may send other types to any server without asking; JSON it may not. So this is more than tidiness.
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
@@ -41,17 +52,25 @@ async def read_body(request: Request, limit: int) -> bytes:
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > limit:
         raise too_large
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_large
-        chunks.append(chunk)
-    return b"".join(chunks)
+
+    async def read() -> bytes:
+        chunks, size = [], 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    try:
+        return await asyncio.wait_for(read(), seconds)
+    except asyncio.TimeoutError:
+        late = f"The body was not there after {seconds:g} seconds."
+        raise HTTPException(408, late, {"connection": "close"}) from None
 
 
-def parse_body(body: bytes, kind: type[T], refused: Mapping[str, Refused]) -> tuple[T, list[str]]:
-    """The struct, and the names of fields that nobody reads.
+def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
+    """The struct, and the names of fields that have no effect.
 
     Raises:
         InvalidRequest: malformed JSON or a wrong type; ``param`` is the path as the client wrote it.
@@ -59,14 +78,12 @@ def parse_body(body: bytes, kind: type[T], refused: Mapping[str, Refused]) -> tu
     """
     try:
         fields = _decode_fields(body)
-        ignored = _unread_fields(fields, kind, refused)
+        ignored = _fields_without_effect(fields, kind)
         return msgspec.json.decode(body, type=kind), ignored
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
 
 
 @contextmanager
@@ -89,20 +106,19 @@ def ignored_header(names: list[str]) -> dict[str, str]:
     return {IGNORED_HEADER: ", ".join(shown)}
 
 
-def _unread_fields(
-    fields: Mapping[str, msgspec.Raw], kind: type[msgspec.Struct], refused: Mapping[str, Refused]
-) -> list[str]:
-    unread = []
+def _fields_without_effect(fields: Mapping[str, msgspec.Raw], kind: type[msgspec.Struct]) -> list[str]:
+    rows, names = table(kind), []
     for name, raw in fields.items():
-        value: Any = None if name in kind.__struct_fields__ else msgspec.json.decode(raw)
-        if value is None:
+        row = rows.get(name)
+        if row is not None and row.treatment is Treatment.HONOURED:
             continue
-        refusal = refused.get(name)
-        if refusal is None:
-            unread.append(name)
-        elif not any(type(value) is type(harmless) and value == harmless for harmless in refusal.harmless):
-            raise UnsupportedField(f"{name} is not supported: {refusal.why}.", name)
-    return unread
+        value: Any = msgspec.json.decode(raw)
+        if row is not None and row.treatment is Treatment.REFUSED:
+            if not row.asks_for_nothing(value):
+                raise UnsupportedField(f"{name} is not supported: {row.help}.", name)
+        elif value is not None:
+            names.append(name)
+    return names
 
 
 def _invalid(message: str) -> InvalidRequest:

@@ -1,16 +1,12 @@
-"""``POST /v1/chat/completions``."""
+"""``POST /v1/chat/completions``: how a chat is asked for and answered."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 
 import msgspec
-from starlette.requests import Request
-from starlette.types import ASGIApp
 
-from lmserve.api.body import ignored_header, in_clients_words, parse_body, read_body
-from lmserve.api.generate import Heading, clamp_logprob, new_id, respond
+from lmserve.api.generate import Dialect, Renderer, clamp_logprob
 from lmserve.api.schema.chat import (
     ChatChoice,
     ChatChunkChoice,
@@ -23,102 +19,49 @@ from lmserve.api.schema.chat import (
     TokenLogprob,
     TopLogprob,
 )
-from lmserve.api.schema.fields import CHAT_REFUSED
 from lmserve.api.schema.usage import UsageAnswer
-from lmserve.api.settings import ApiSettings
-from lmserve.api.sse import DONE, event
-from lmserve.service.answer import Answer
-from lmserve.service.deltas import Delta, Finished, PositionLogprobs, TextDelta, Usage
+from lmserve.service.answer import ChoiceAnswer
+from lmserve.service.deltas import Finished, PositionLogprobs, TextDelta
 from lmserve.service.generation import GenerationService
+from lmserve.service.request import GenerationRequest
 
 
-class ChatEndpoint:
-    """Answers chats."""
+async def _prepare(service: GenerationService, request_id: str, body: ChatCompletionRequest) -> GenerationRequest:
+    options = body.options(body.num_logprobs())
+    return await service.prepare_chat(request_id, body.model, body.chat(), options)
 
-    def __init__(self, service: GenerationService, settings: ApiSettings) -> None:
-        self._service = service
-        self._settings = settings
 
-    async def create(self, request: Request) -> ASGIApp:
-        body = await read_body(request, self._settings.max_body_bytes)
-        wire, ignored = parse_body(body, ChatCompletionRequest, CHAT_REFUSED)
-        include_usage = wire.include_usage
-        with in_clients_words(wire.names()):
-            options = wire.options(wire.num_logprobs())
-            generation = await self._service.prepare_chat(new_id("chatcmpl"), wire.model, wire.chat(), options)
-        with_logprobs = options.logprobs is not None
-        return await respond(
-            request,
-            self._service,
-            generation,
-            ChatRenderer(Heading.of(generation), generation.num_choices, with_logprobs, include_usage=include_usage),
-            stream=bool(wire.stream),
-            keep_alive=self._settings.keep_alive_seconds,
-            headers=ignored_header(ignored + wire.ignored()),
+class ChatRenderer(Renderer[ChatChunkChoice]):
+    """OpenAI's chat shapes: each choice begins with its role, and ends with an empty delta."""
+
+    def beginnings(self) -> list[ChatChunkChoice]:
+        return [ChatChunkChoice(i, ChatDelta("assistant", "")) for i in range(self.outline.num_choices)]
+
+    def piece(self, delta: TextDelta) -> ChatChunkChoice:
+        logprobs = _logprobs(delta.logprobs) if delta.logprobs else None
+        return ChatChunkChoice(delta.choice, ChatDelta(content=delta.text), logprobs)
+
+    def end(self, finished: Finished) -> ChatChunkChoice:
+        return ChatChunkChoice(finished.choice, ChatDelta(), finish_reason=finished.reason.value)
+
+    def chunk(
+        self, choices: list[ChatChunkChoice], usage: UsageAnswer | None | msgspec.UnsetType
+    ) -> ChatCompletionChunk:
+        o = self.outline
+        return ChatCompletionChunk(
+            o.id, "chat.completion.chunk", o.created, o.model, o.system_fingerprint, choices, usage
         )
 
+    def choice(self, index: int, answer: ChoiceAnswer, finish_reason: str) -> ChatChoice:
+        logprobs = _logprobs(answer.logprobs) if self.outline.with_logprobs else None
+        return ChatChoice(index, ChatMessage("assistant", answer.text), logprobs, finish_reason)
 
-class ChatRenderer:
-    """Deltas in OpenAI's chat shapes."""
+    def answer(self, choices: list[ChatChoice], usage: UsageAnswer) -> ChatCompletion:
+        o = self.outline
+        return ChatCompletion(o.id, "chat.completion", o.created, o.model, choices, usage, o.system_fingerprint)
 
-    def __init__(self, heading: Heading, num_choices: int, with_logprobs: bool, *, include_usage: bool) -> None:
-        self._heading = heading
-        self._num_choices = num_choices
-        self._with_logprobs = with_logprobs
-        self._include_usage = include_usage
-        self._no_usage: None | msgspec.UnsetType = None if include_usage else msgspec.UNSET
-        self._encode = msgspec.json.Encoder().encode
 
-    async def chunks(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
-        """Each choice begins with its role, and ends with an empty delta that has the finish reason."""
-        begun = False
-        async with aclosing(deltas):
-            async for delta in deltas:
-                if not begun:
-                    begun = True
-                    for choice in range(self._num_choices):
-                        yield self._chunk(ChatChunkChoice(choice, ChatDelta("assistant", "")))
-                match delta:
-                    case TextDelta(choice, text, logprobs):
-                        shown = _logprobs(logprobs) if logprobs else None
-                        yield self._chunk(ChatChunkChoice(choice, ChatDelta(content=text), shown))
-                    case Finished(choice, reason):
-                        yield self._chunk(ChatChunkChoice(choice, ChatDelta(), finish_reason=reason.value))
-                    case Usage() if self._include_usage:
-                        yield self._chunk(None, UsageAnswer.of(delta))
-        yield DONE
-
-    def answer(self, answer: Answer) -> bytes:
-        heading = self._heading
-        choices = []
-        for index, choice in enumerate(answer.choices):
-            assert choice.finished is not None, "the engine ends every choice"
-            logprobs = _logprobs(choice.logprobs) if self._with_logprobs else None
-            message = ChatMessage("assistant", choice.text)
-            choices.append(ChatChoice(index, message, logprobs, choice.finished.reason.value))
-        completion = ChatCompletion(
-            heading.id,
-            "chat.completion",
-            heading.created,
-            heading.model,
-            choices,
-            UsageAnswer.of(answer.usage),
-            heading.system_fingerprint,
-        )
-        return self._encode(completion)
-
-    def _chunk(self, choice: ChatChunkChoice | None, usage: UsageAnswer | None = None) -> bytes:
-        heading = self._heading
-        chunk = ChatCompletionChunk(
-            heading.id,
-            "chat.completion.chunk",
-            heading.created,
-            heading.model,
-            heading.system_fingerprint,
-            [] if choice is None else [choice],
-            self._no_usage if usage is None else usage,
-        )
-        return event(self._encode(chunk))
+CHAT = Dialect(ChatCompletionRequest, "chatcmpl", _prepare, ChatRenderer)
 
 
 def _logprobs(positions: Sequence[PositionLogprobs]) -> ChatLogprobs:

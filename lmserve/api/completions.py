@@ -1,99 +1,50 @@
-"""``POST /v1/completions``: no template, ever."""
+"""``POST /v1/completions``: how a continuation is asked for and answered. No template, ever."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 
 import msgspec
-from starlette.requests import Request
-from starlette.types import ASGIApp
 
-from lmserve.api.body import ignored_header, in_clients_words, parse_body, read_body
-from lmserve.api.generate import Heading, clamp_logprob, new_id, respond
+from lmserve.api.generate import Dialect, Renderer, clamp_logprob
 from lmserve.api.schema.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
-from lmserve.api.schema.fields import COMPLETION_REFUSED
 from lmserve.api.schema.usage import UsageAnswer
-from lmserve.api.settings import ApiSettings
-from lmserve.api.sse import DONE, event
-from lmserve.service.answer import Answer
-from lmserve.service.deltas import Delta, Finished, PositionLogprobs, TextDelta, TokenLogprob, Usage
+from lmserve.service.answer import ChoiceAnswer
+from lmserve.service.deltas import Finished, PositionLogprobs, TextDelta, TokenLogprob
 from lmserve.service.generation import GenerationService
+from lmserve.service.request import GenerationRequest
 
 
-class CompletionEndpoint:
-    """Continues prompts."""
-
-    def __init__(self, service: GenerationService, settings: ApiSettings) -> None:
-        self._service = service
-        self._settings = settings
-
-    async def create(self, request: Request) -> ASGIApp:
-        body = await read_body(request, self._settings.max_body_bytes)
-        wire, ignored = parse_body(body, CompletionRequest, COMPLETION_REFUSED)
-        include_usage = wire.include_usage
-        with in_clients_words(wire.names()):
-            options = wire.options(wire.num_logprobs())
-            prompts = wire.prompts()
-            generation = await self._service.prepare_completion(new_id("cmpl"), wire.model, prompts, options)
-        with_logprobs = options.logprobs is not None
-        return await respond(
-            request,
-            self._service,
-            generation,
-            CompletionRenderer(Heading.of(generation), with_logprobs, include_usage=include_usage),
-            stream=bool(wire.stream),
-            keep_alive=self._settings.keep_alive_seconds,
-            headers=ignored_header(ignored + wire.ignored()),
-        )
+async def _prepare(service: GenerationService, request_id: str, body: CompletionRequest) -> GenerationRequest:
+    options = body.options(body.num_logprobs())
+    return await service.prepare_completion(request_id, body.model, body.prompts(), options)
 
 
-class CompletionRenderer:
-    """Deltas in the shapes of OpenAI's older endpoint."""
+class CompletionRenderer(Renderer[CompletionChoice]):
+    """OpenAI's older shapes: each choice ends with an empty text."""
 
-    def __init__(self, heading: Heading, with_logprobs: bool, *, include_usage: bool) -> None:
-        self._heading = heading
-        self._with_logprobs = with_logprobs
-        self._include_usage = include_usage
-        self._no_usage: None | msgspec.UnsetType = None if include_usage else msgspec.UNSET
-        self._encode = msgspec.json.Encoder().encode
+    def beginnings(self) -> list[CompletionChoice]:
+        return []
 
-    async def chunks(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
-        """Each choice ends with an empty text that has the finish reason."""
-        async with aclosing(deltas):
-            async for delta in deltas:
-                match delta:
-                    case TextDelta(choice, text, logprobs):
-                        shown = _logprobs(logprobs) if logprobs else None
-                        yield self._event([CompletionChoice(choice, text, shown)], self._no_usage)
-                    case Finished(choice, reason):
-                        yield self._event([CompletionChoice(choice, "", None, reason.value)], self._no_usage)
-                    case Usage() if self._include_usage:
-                        yield self._event([], UsageAnswer.of(delta))
-        yield DONE
+    def piece(self, delta: TextDelta) -> CompletionChoice:
+        return CompletionChoice(delta.choice, delta.text, _logprobs(delta.logprobs) if delta.logprobs else None)
 
-    def answer(self, answer: Answer) -> bytes:
-        choices = []
-        for index, choice in enumerate(answer.choices):
-            assert choice.finished is not None, "the engine ends every choice"
-            logprobs = _logprobs(choice.logprobs) if self._with_logprobs else None
-            choices.append(CompletionChoice(index, choice.text, logprobs, choice.finished.reason.value))
-        return self._encode(self._completion(choices, UsageAnswer.of(answer.usage)))
+    def end(self, finished: Finished) -> CompletionChoice:
+        return CompletionChoice(finished.choice, "", None, finished.reason.value)
 
-    def _event(self, choices: list[CompletionChoice], usage: UsageAnswer | None | msgspec.UnsetType) -> bytes:
-        return event(self._encode(self._completion(choices, usage)))
+    def chunk(self, choices: list[CompletionChoice], usage: UsageAnswer | None | msgspec.UnsetType) -> Completion:
+        o = self.outline
+        return Completion(o.id, "text_completion", o.created, o.model, choices, o.system_fingerprint, usage)
 
-    def _completion(self, choices: list[CompletionChoice], usage: UsageAnswer | None | msgspec.UnsetType) -> Completion:
-        heading = self._heading
-        return Completion(
-            heading.id,
-            "text_completion",
-            heading.created,
-            heading.model,
-            choices,
-            heading.system_fingerprint,
-            usage,
-        )
+    def choice(self, index: int, answer: ChoiceAnswer, finish_reason: str) -> CompletionChoice:
+        logprobs = _logprobs(answer.logprobs) if self.outline.with_logprobs else None
+        return CompletionChoice(index, answer.text, logprobs, finish_reason)
+
+    def answer(self, choices: list[CompletionChoice], usage: UsageAnswer) -> Completion:
+        return self.chunk(choices, usage)
+
+
+COMPLETION = Dialect(CompletionRequest, "cmpl", _prepare, CompletionRenderer)
 
 
 def _logprobs(positions: Sequence[PositionLogprobs]) -> CompletionLogprobs:

@@ -20,6 +20,16 @@ class ApiSettings(Protocol):
     def max_body_bytes(self) -> int: ...
 
     @property
+    def body_seconds(self) -> float:
+        """How long a request's body may take to come."""
+        ...
+
+    @property
+    def max_json_nesting(self) -> int:
+        """Levels of objects and arrays in a body."""
+        ...
+
+    @property
     def keep_alive_seconds(self) -> float:
         """How long a stream may be silent before it sends a comment."""
         ...

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from enum import Enum
 
 from lmserve.outputs import FinishReason
@@ -64,18 +65,25 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of a whole request: the last delta of a stream."""
+    """What a whole request took, in tokens and seconds: the last delta of a stream."""
 
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int
     """Of the prompts, how many tokens the prefix cache had."""
+    time_to_first_token: float = field(default=math.inf, compare=False)
+    """Seconds; infinite if there was none."""
+    generation_time: float = field(default=0.0, compare=False)
+    """Seconds from the first token to the last."""
 
     def __add__(self, other: Usage) -> Usage:
+        """Of prompts that ran side by side."""
         return Usage(
             self.num_prompt_tokens + other.num_prompt_tokens,
             self.num_completion_tokens + other.num_completion_tokens,
             self.num_cached_tokens + other.num_cached_tokens,
+            min(self.time_to_first_token, other.time_to_first_token),
+            max(self.generation_time, other.generation_time),
         )
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TypeVar
 
-from lmserve.errors import InvalidRequest, ModelLoadFailed
+from lmserve.errors import FirstTokenTimeout, InvalidRequest, ModelLoadFailed
 from lmserve.service.chat_template import Chat, ChatTemplate, Prompt
 from lmserve.service.deltas import Delta, Usage
 from lmserve.service.log_stream import LogStream
@@ -17,16 +17,18 @@ from lmserve.service.model_text import ModelText
 from lmserve.service.protocols import ModelEntry, Models
 from lmserve.service.request import (
     COMPLETION_MAX_TOKENS,
-    MAX_TOTAL_CHOICES,
     GenerationOptions,
     GenerationRequest,
     ServedModel,
-    ServerDefaults,
+    ServiceSettings,
+    check_token_ids,
+    context_length,
     make_request,
 )
 from lmserve.service.run import PromptRun
 
 T = TypeVar("T")
+RETRY_AFTER_TIMEOUT = 5.0
 TEXT_THREADS = 2
 """Encoding releases the interpreter's lock; templates do not, and more threads would not make them faster."""
 
@@ -48,13 +50,13 @@ class GenerationService:
         self,
         models: Models,
         log: LogStream,
-        defaults: ServerDefaults,
+        settings: ServiceSettings,
         *,
         load_text: Callable[[ModelEntry], ModelText] = load_model_text,
     ) -> None:
         self._models = models
         self._log = log
-        self._defaults = defaults
+        self._settings = settings
         self._load_text = load_text
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._texts: dict[str, asyncio.Task[tuple[ModelText, ChatTemplate]]] = {}
@@ -94,7 +96,7 @@ class GenerationService:
                 ServedModel(entry, engine, text),
                 [template.render(chat)],
                 options,
-                self._defaults,
+                self._settings,
                 prompt_param="messages",
                 begins_text=not chat.continue_final_message,
             )
@@ -107,8 +109,9 @@ class GenerationService:
         """Encode the prompts (no template), and check everything. Raises as ``prepare_chat``."""
         entry = self._models.resolve(model)
         engine = entry.engine
-        if len(prompts) * (options.n or 1) > MAX_TOTAL_CHOICES:
-            raise InvalidRequest(f"prompt: at most {MAX_TOTAL_CHOICES} choices in all prompts together.", "prompt")
+        choices, limit = len(prompts) * (options.n or 1), self._settings.max_choices
+        if choices > limit:
+            raise InvalidRequest(f"prompt: {choices} choices in all prompts together, the limit is {limit}.", "prompt")
         text, _ = await self._text_of(entry)
 
         def prepare() -> GenerationRequest:
@@ -117,18 +120,54 @@ class GenerationService:
                 ServedModel(entry, engine, text),
                 [Prompt(p, text.encode(p)) if isinstance(p, str) else Prompt(None, p) for p in prompts],
                 options,
-                self._defaults,
+                self._settings,
                 prompt_param="prompt",
                 default_max_tokens=COMPLETION_MAX_TOKENS,
             )
 
         return await self._in_thread(prepare)
 
+    async def tokenize(self, model: str | None, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The token ids of a text, as ``prepare_completion`` makes them or without the tokens that begin a sequence."""
+        words, _ = await self._text_of(self._models.resolve(model))
+        encode = words.encode if add_special_tokens else words.encode_rendered
+        return await self._in_thread(lambda: encode(text))
+
+    async def render(self, model: str | None, chat: Chat) -> Prompt:
+        """What the model would receive of a chat. Raises as ``prepare_chat``."""
+        _, template = await self._text_of(self._models.resolve(model))
+        return await self._in_thread(lambda: template.render(chat))
+
+    async def detokenize(self, model: str | None, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included.
+
+        Raises:
+            InvalidRequest: one of them is outside of the vocabulary.
+        """
+        entry = self._models.resolve(model)
+        words, _ = await self._text_of(entry)
+        check_token_ids(token_ids, entry.engine.info.vocab_size, "tokens")
+        return await self._in_thread(lambda: words.decode(token_ids, skip_special_tokens=False))
+
+    async def token_strings(self, model: str | None, token_ids: Sequence[int]) -> list[str]:
+        """Each token's text alone; lone bytes of a longer character show as U+FFFD."""
+        words, _ = await self._text_of(self._models.resolve(model))
+        return [words.table.piece(token_id).decode("utf-8", "replace") for token_id in token_ids]
+
+    def context_length(self, model: str | None) -> int:
+        """Tokens that prompt and output of one sequence may have together."""
+        return context_length(self._models.resolve(model).engine.info)
+
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
-        """The request's deltas: all choices, then the usage of all prompts together. Closing it cancels the request."""
+        """The request's deltas: all choices, then the usage of all prompts together. Closing it cancels the request.
+
+        Raises:
+            FirstTokenTimeout: the engine took too long to begin.
+        """
         runs = [PromptRun(request, index, self._log).deltas() for index in range(len(request.prompts))]
         usage = Usage(0, 0, 0)
         async with aclosing(runs[0] if len(runs) == 1 else merge(runs)) as deltas:
+            yield await self._first(deltas)
             async for delta in deltas:
                 if isinstance(delta, Usage):
                     usage += delta
@@ -139,6 +178,15 @@ class GenerationService:
     def close(self) -> None:
         """End the threads. Work that has begun is not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _first(self, deltas: AsyncGenerator[Delta, None]) -> Delta:
+        """Every request has one that is not the usage: each choice ends."""
+        seconds = self._settings.first_token_seconds
+        try:
+            return await asyncio.wait_for(anext(deltas), seconds)
+        except asyncio.TimeoutError:
+            message = f"The request had no first token after {seconds:g} seconds: the server has too much to do."
+            raise FirstTokenTimeout(message, RETRY_AFTER_TIMEOUT) from None
 
     async def _text_of(self, entry: ModelEntry) -> tuple[ModelText, ChatTemplate]:
         """Loaded by whoever comes first; a failure is not remembered."""

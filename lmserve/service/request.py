@@ -7,17 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-from lmserve.errors import ContextLengthExceeded, InvalidRequest
+from lmserve.errors import ContextLengthExceeded, InvalidRequest, PromptTooLong
 from lmserve.runtime.interface import RunnerInfo
 from lmserve.sampling_params import SamplingParams
 from lmserve.service.chat_template import Prompt
 from lmserve.service.model_text import ModelText, SamplingDefaults
 from lmserve.service.protocols import Engine, ModelEntry
 
-MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
-MAX_TOTAL_CHOICES = 2048
-"""Prompts times choices of one request."""
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for completions."""
 
@@ -89,9 +86,25 @@ class GenerationRequest:
         return self.n * len(self.prompts)
 
 
-class ServerDefaults(Protocol):
-    """The server's configuration of sampling defaults; None leaves it to the model."""
+class ServiceSettings(Protocol):
+    """What service needs of the configuration: limits, and sampling defaults, of which None leaves it to the model."""
 
+    @property
+    def max_n(self) -> int: ...
+    @property
+    def max_choices(self) -> int:
+        """Prompts times ``n`` of one request."""
+        ...
+
+    @property
+    def max_stop(self) -> int: ...
+    @property
+    def max_prompt_tokens(self) -> int:
+        """0: what the context allows."""
+        ...
+
+    @property
+    def first_token_seconds(self) -> float: ...
     @property
     def default_temperature(self) -> float | None: ...
     @property
@@ -117,7 +130,7 @@ def make_request(
     model: ServedModel,
     prompts: Sequence[Prompt],
     options: GenerationOptions,
-    defaults: ServerDefaults,
+    settings: ServiceSettings,
     *,
     prompt_param: str,
     default_max_tokens: int | None = None,
@@ -133,15 +146,17 @@ def make_request(
         ContextLengthExceeded: prompt and output do not fit.
     """
     info = model.engine.info
-    _check_stop(options.stop)
-    _check_token_ids(options, info.vocab_size)
+    if options.n is not None and options.n > settings.max_n:
+        raise InvalidRequest(f"n must be at most {settings.max_n}, got {options.n}.", "n")
+    _check_stop(options.stop, settings.max_stop)
+    _check_option_ids(options, info.vocab_size)
     for prompt in prompts:
-        _check_prompt(prompt, info.vocab_size, prompt_param)
+        _check_prompt(prompt, info.vocab_size, settings.max_prompt_tokens, prompt_param)
 
     def max_tokens(prompt: Prompt) -> int:
         return _max_tokens(options, len(prompt.token_ids), context_length(info), default_max_tokens, prompt_param)
 
-    sampling = [resolve_sampling(options, max_tokens(prompt), model, defaults) for prompt in prompts]
+    sampling = [resolve_sampling(options, max_tokens(prompt), model, settings) for prompt in prompts]
     return GenerationRequest(
         request_id=request_id,
         model=model,
@@ -154,7 +169,7 @@ def make_request(
 
 
 def resolve_sampling(
-    options: GenerationOptions, max_tokens: int, model: ServedModel, server: ServerDefaults
+    options: GenerationOptions, max_tokens: int, model: ServedModel, server: ServiceSettings
 ) -> SamplingParams:
     """Concrete sampling parameters.
 
@@ -180,7 +195,7 @@ def resolve_sampling(
     )
 
 
-def _default_words(model: ServedModel, server: ServerDefaults) -> dict[str, tuple[float | None, ...]]:
+def _default_words(model: ServedModel, server: ServiceSettings) -> dict[str, tuple[float | None, ...]]:
     """What server, generation config and preset say, for each parameter that they may speak of."""
     configured = {
         "temperature": server.default_temperature,
@@ -196,24 +211,31 @@ def _default_words(model: ServedModel, server: ServerDefaults) -> dict[str, tupl
     }
 
 
-def _check_prompt(prompt: Prompt, vocab_size: int, param: str) -> None:
+def _check_prompt(prompt: Prompt, vocab_size: int, max_tokens: int, param: str) -> None:
     if not prompt.token_ids:
         raise InvalidRequest(f"{param}: an empty prompt cannot be continued.", param)
-    if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= vocab_size:
+    if 0 < max_tokens < len(prompt.token_ids):
+        raise PromptTooLong(limit=max_tokens, num_prompt_tokens=len(prompt.token_ids), param=param)
+    check_token_ids(prompt.token_ids, vocab_size, param)
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises InvalidRequest for ids that the model has not."""
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
         raise InvalidRequest(f"{param} holds token ids outside of the vocabulary, which has {vocab_size}.", param)
 
 
-def _check_token_ids(options: GenerationOptions, vocab_size: int) -> None:
+def _check_option_ids(options: GenerationOptions, vocab_size: int) -> None:
     for param, token_ids in (("logit_bias", options.logit_bias), ("stop_token_ids", options.stop_token_ids)):
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
                 raise InvalidRequest(f"{param}: {token_id} is no token id; the vocabulary has {vocab_size}.", param)
 
 
-def _check_stop(stop: tuple[str, ...]) -> None:
+def _check_stop(stop: tuple[str, ...], max_stop: int) -> None:
     """Refuse stop strings that are too many, too long, or empty."""
-    if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidRequest(f"stop may have at most {MAX_STOP_STRINGS} strings, got {len(stop)}.", "stop")
+    if len(stop) > max_stop:
+        raise InvalidRequest(f"stop may have at most {max_stop} strings, got {len(stop)}.", "stop")
     if not all(0 < len(s) <= MAX_STOP_CHARACTERS for s in stop):
         raise InvalidRequest(f"Each stop string must have 1 to {MAX_STOP_CHARACTERS} characters.", "stop")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from lmserve.engine.messages import AddRequest
 from lmserve.errors import NotReady, StepFailed
@@ -90,8 +91,15 @@ class PromptRun:
         return deltas
 
     def _usage(self) -> Usage:
+        """Up to now."""
         generated = sum(len(choice.token_ids) for choice in self._choices)
-        return Usage(len(self._prompt.token_ids), generated, self._num_cached)
+        usage = Usage(len(self._prompt.token_ids), generated, self._num_cached)
+        if self._first_token is None:
+            return usage
+        now = time.perf_counter()
+        return replace(
+            usage, time_to_first_token=self._first_token - self._began, generation_time=now - self._first_token
+        )
 
     def _event(self, kind: str) -> LogEvent:
         entry = self._request.model.entry
@@ -125,9 +133,8 @@ class PromptRun:
 
     def _output_event(self) -> LogEvent:
         usage = self._usage()
-        now = time.perf_counter()
-        first = now if self._first_token is None else self._first_token
-        seconds = now - first
+        seconds = usage.generation_time
+        waited = time.perf_counter() - self._began if self._first_token is None else usage.time_to_first_token
         outputs = [
             {"index": choice.index, "output": choice.text, "stopReason": self._stop_reason(choice).value}
             for choice in self._choices
@@ -139,7 +146,7 @@ class PromptRun:
             "stats": {
                 "stopReason": outputs[0]["stopReason"],
                 "tokensPerSecond": usage.num_completion_tokens / seconds if seconds > 0 else 0.0,
-                "timeToFirstTokenSec": first - self._began,
+                "timeToFirstTokenSec": waited,
                 "promptTokensCount": usage.num_prompt_tokens,
                 "predictedTokensCount": usage.num_completion_tokens,
                 "totalTokensCount": usage.num_prompt_tokens + usage.num_completion_tokens,

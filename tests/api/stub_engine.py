@@ -159,6 +159,13 @@ class Settings:
     api_key: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 2**20
+    body_seconds: float = 20.0
+    max_json_nesting: int = 64
+    max_n: int = 128
+    max_choices: int = 2048
+    max_stop: int = 16
+    max_prompt_tokens: int = 0
+    first_token_seconds: float = 20.0
     keep_alive_seconds: float = 10.0
     default_temperature: float | None = None
     default_top_p: float | None = None

@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
+import typing
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types import embedding_create_params as embedding_params
+from openai.types.chat import completion_create_params as chat_params
 
-from lmserve.api.schema.fields import CHAT_REFUSED, COMPLETION_REFUSED
+from lmserve.api.schema.chat import ChatCompletionRequest
+from lmserve.api.schema.completions import CompletionRequest
+from lmserve.api.schema.embeddings import EmbeddingRequest
+from lmserve.api.schema.fields import Treatment, table
+from lmserve.api.schema.page import page
 from tests.api.running_server import RunningServer
 
-REFUSED_IN_CHAT: list[tuple[str, Any]] = [
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
-    ("tool_choice", "required"),
-    ("tool_choice", {"type": "function", "function": {"name": "f"}}),
-    ("functions", [{"name": "f"}]),
-    ("function_call", {"name": "f"}),
-    ("parallel_tool_calls", "yes"),
-    ("response_format", {"type": "json_object"}),
-    ("response_format", {"type": "json_schema", "json_schema": {}}),
-    ("reasoning_effort", "low"),
-    ("audio", {"voice": "alloy", "format": "wav"}),
-    ("modalities", ["text", "audio"]),
-    ("prediction", {"type": "content", "content": "x"}),
-    ("web_search_options", {}),
-    ("draft_model", "small"),
-    ("ttl", 60),
-    ("keep_alive", "5m"),
-    ("images", ["data:"]),
-    ("echo", True),
-]
-REFUSED_IN_COMPLETIONS: list[tuple[str, Any]] = [
-    ("echo", True),
-    ("suffix", "end"),
-    ("draft_model", "small"),
-    ("ttl", 60),
-    ("keep_alive", 1),
-    ("response_format", {"type": "json_object"}),
-    ("images", ["data:"]),
-]
+ROOT = Path(__file__).parent.parent.parent
+
+ASKING: dict[str, list[Any]] = {
+    "tools": [[{"type": "function", "function": {"name": "f"}}]],
+    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
+    "functions": [[{"name": "f"}]],
+    "function_call": [{"name": "f"}],
+    "parallel_tool_calls": ["yes"],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}],
+    "reasoning_effort": ["low"],
+    "audio": [{"voice": "alloy", "format": "wav"}],
+    "modalities": [["text", "audio"]],
+    "prediction": [{"type": "content", "content": "x"}],
+    "web_search_options": [{}],
+    "moderation": [{"model": "x"}],
+    "images": [["data:"]],
+    "echo": [True],
+    "suffix": ["end"],
+    "guided_json": [{"type": "object"}],
+    "guided_regex": ["a+"],
+    "guided_choice": [["a", "b"]],
+    "guided_grammar": ["root ::= x"],
+    "structured_outputs": [{"regex": "a"}],
+    "json_schema": [{}],
+    "grammar": ["root ::= x"],
+    "regex": ["a"],
+    "format": ["json"],
+}
+"""Of each refused field, values that ask for something."""
+
+
+def rows_of(body: type[msgspec.Struct], treatment: Treatment) -> list[str]:
+    return [name for name, row in table(body).items() if row.treatment is treatment]
+
+
+def asking(body: type[msgspec.Struct]) -> list[tuple[str, Any]]:
+    return [(name, value) for name in rows_of(body, Treatment.REFUSED) for value in ASKING[name]]
 
 
 def error_of(response: Any, status: int = 400) -> dict[str, Any]:
@@ -47,12 +65,42 @@ def error_of(response: Any, status: int = 400) -> dict[str, Any]:
     return error
 
 
-def test_the_lists_here_are_complete() -> None:
-    assert {name for name, _ in REFUSED_IN_CHAT} == set(CHAT_REFUSED)
-    assert {name for name, _ in REFUSED_IN_COMPLETIONS} == set(COMPLETION_REFUSED)
+OPENAI: list[tuple[type[msgspec.Struct], Any]] = [
+    (ChatCompletionRequest, chat_params.CompletionCreateParamsNonStreaming),
+    (ChatCompletionRequest, chat_params.CompletionCreateParamsStreaming),
+    (CompletionRequest, completion_params.CompletionCreateParamsNonStreaming),
+    (CompletionRequest, completion_params.CompletionCreateParamsStreaming),
+    (EmbeddingRequest, embedding_params.EmbeddingCreateParams),
+]
 
 
-@pytest.mark.parametrize(("name", "value"), REFUSED_IN_CHAT)
+@pytest.mark.parametrize(("body", "params"), OPENAI)
+def test_every_field_of_the_openai_package_is_in_the_table(body: type[msgspec.Struct], params: Any) -> None:
+    known = table(body)
+    assert set(typing.get_type_hints(params)) - set(known) == set()
+
+
+def test_every_field_of_lm_studios_list_is_honoured() -> None:
+    """The mission page, "Supported payload parameters"."""
+    names = ["model", "top_p", "top_k", "messages", "temperature", "max_tokens", "stream", "stop", "seed"]
+    for name in [*names, "presence_penalty", "frequency_penalty", "logit_bias", "repeat_penalty"]:
+        assert table(ChatCompletionRequest)[name].treatment is Treatment.HONOURED
+        assert name == "messages" or table(CompletionRequest)[name].treatment is Treatment.HONOURED
+
+
+@pytest.mark.parametrize("body", [ChatCompletionRequest, CompletionRequest, EmbeddingRequest])
+def test_every_row_says_what_it_has_to(body: type[msgspec.Struct]) -> None:
+    for row in table(body).values():
+        assert row.kind
+        assert row.help
+
+
+def test_the_page_is_fresh() -> None:
+    """If not: python -m lmserve.api.schema.page > docs/request-fields.md"""
+    assert (ROOT / "docs/request-fields.md").read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize(("name", "value"), asking(ChatCompletionRequest))
 def test_refused_in_chat(server: RunningServer, name: str, value: Any) -> None:
     error = error_of(server.chat(**{name: value}))
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
@@ -60,18 +108,42 @@ def test_refused_in_chat(server: RunningServer, name: str, value: Any) -> None:
     assert server.engine.requests == []
 
 
-@pytest.mark.parametrize(("name", "value"), REFUSED_IN_COMPLETIONS)
+@pytest.mark.parametrize(("name", "value"), asking(CompletionRequest))
 def test_refused_in_completions(server: RunningServer, name: str, value: Any) -> None:
     error = error_of(server.complete(**{name: value}))
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 
 def test_values_that_ask_for_nothing(server: RunningServer) -> None:
-    harmless = {name: refused.harmless[0] for name, refused in CHAT_REFUSED.items() if refused.harmless}
-    response = server.chat(**harmless, logprobs=False, top_logprobs=0, chat_template_kwargs={})
-    assert response.status_code == 200
+    rows = [row for row in table(ChatCompletionRequest).values() if row.harmless]
+    assert len(rows) > 5
+    for harmless in ({row.name: row.harmless[0] for row in rows}, {row.name: row.harmless[-1] for row in rows}):
+        response = server.chat(**harmless, logprobs=False, top_logprobs=0, chat_template_kwargs={})
+        assert response.status_code == 200
+        assert "x-lmserve-ignored" not in response.headers
+    assert server.complete(suffix="", best_of=1, logprobs=None).status_code == 200
+
+
+def test_null_is_the_same_as_absent(server: RunningServer) -> None:
+    everything: dict[str, None] = dict.fromkeys(table(ChatCompletionRequest))
+    del everything["messages"]
+    response = server.chat(**everything)
+    assert response.status_code == 200, response.text
     assert "x-lmserve-ignored" not in response.headers
-    assert server.complete(echo=False, suffix="", best_of=1, logprobs=None).status_code == 200
+    everything = dict.fromkeys(table(CompletionRequest))
+    del everything["prompt"]
+    assert server.complete(**everything).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", ChatCompletionRequest), ("/v1/completions", CompletionRequest)]
+)
+def test_ignored_fields_are_reported(server: RunningServer, path: str, body: type[msgspec.Struct]) -> None:
+    names = rows_of(body, Treatment.IGNORED)
+    required = {"messages": [{"role": "user", "content": "Hi"}]} if body is ChatCompletionRequest else {"prompt": "Hi"}
+    response = server.post(path, {**required, **dict.fromkeys(names, "x")})
+    assert response.status_code == 200
+    assert response.headers["x-lmserve-ignored"].split(", ") == names
 
 
 @pytest.mark.parametrize("stream", [False, True])

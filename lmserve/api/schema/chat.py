@@ -2,26 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from lmserve.api.schema.fields import honoured, ignored, refused
 from lmserve.api.schema.numbers import Int, integer
 from lmserve.api.schema.sampling import SamplingFields
+from lmserve.api.schema.stats import WithStats
 from lmserve.api.schema.usage import UsageAnswer
 from lmserve.errors import InvalidRequest
+from lmserve.sampling_params import RANGES
 from lmserve.service.chat_template import Chat
+
+_NO_TOOLS = "tool calls are not offered yet"
+_NO_AUDIO = "audio is not offered"
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
     """The body. What messages may hold is the service's to say."""
 
-    messages: list[dict[str, Any]]
-    logprobs: bool | None = None
-    top_logprobs: Int = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = None
+    messages: Annotated[
+        list[dict[str, Any]],
+        honoured(
+            "the chat: roles system, developer, user, assistant, tool, function; content a string, null, or an array "
+            "of text parts",
+            allowed="at least one",
+        ),
+    ]
+    logprobs: Annotated[bool | None, honoured("report log-probabilities", default="false")] = None
+    top_logprobs: Annotated[
+        Int,
+        honoured("likeliest tokens to report at each position", default="0", allowed=RANGES["top_logprobs"]),
+    ] = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, honoured("variables for the chat template")] = None
+    continue_final_message: Annotated[
+        bool | None,
+        honoured("continue the last message, which is the assistant's, instead of answering", default="false"),
+    ] = None
+    add_generation_prompt: Annotated[
+        bool | None,
+        honoured(
+            "end the prompt with the beginning of an answer", default="true, unless the last message is continued"
+        ),
+    ] = None
+    tools: Annotated[Any, refused("array of objects", _NO_TOOLS, [])] = None
+    tool_choice: Annotated[Any, refused("string or object", _NO_TOOLS, "none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, refused("boolean", _NO_TOOLS, True, False)] = None
+    functions: Annotated[Any, refused("array of objects", _NO_TOOLS, [])] = None
+    function_call: Annotated[Any, refused("string or object", _NO_TOOLS, "none", "auto")] = None
+    reasoning_effort: Annotated[
+        Any, refused("string", "control of reasoning is not offered yet; see chat_template_kwargs")
+    ] = None
+    audio: Annotated[Any, refused("object", _NO_AUDIO)] = None
+    modalities: Annotated[Any, refused("array of strings", _NO_AUDIO, ["text"])] = None
+    prediction: Annotated[Any, refused("object", "predicted outputs are not offered")] = None
+    web_search_options: Annotated[Any, refused("object", "web search is not offered")] = None
+    moderation: Annotated[Any, refused("object", "moderation is not offered")] = None
+    echo: Annotated[Any, refused("boolean", "a chat has no text to repeat; /v1/completions has echo", False)] = None
+    metadata: Annotated[Any, ignored("object", "answers are not stored")] = None
+    store: Annotated[Any, ignored("boolean", "answers are not stored")] = None
+    service_tier: Annotated[Any, ignored("string", "there is one tier")] = None
+    prompt_cache_key: Annotated[Any, ignored("string", "prefixes are found without a key")] = None
+    prompt_cache_options: Annotated[Any, ignored("object", "prefixes are found without options")] = None
+    prompt_cache_retention: Annotated[Any, ignored("string", "prefixes stay as long as memory allows")] = None
+    safety_identifier: Annotated[Any, ignored("string", "it changes no answer")] = None
+    verbosity: Annotated[Any, ignored("string", "no open model reads it")] = None
 
     def chat(self) -> Chat:
         return Chat(
@@ -72,7 +118,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     finish_reason: str
 
 
-class ChatCompletion(msgspec.Struct, frozen=True):
+class ChatCompletion(WithStats, frozen=True):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -96,7 +142,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
 
 
-class ChatCompletionChunk(msgspec.Struct, frozen=True):
+class ChatCompletionChunk(WithStats, frozen=True):
     id: str
     object: Literal["chat.completion.chunk"]
     created: int

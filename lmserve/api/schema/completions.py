@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from lmserve.api.schema.fields import honoured, refused
 from lmserve.api.schema.numbers import Int, integer
 from lmserve.api.schema.sampling import SamplingFields
+from lmserve.api.schema.stats import WithStats
 from lmserve.api.schema.usage import UsageAnswer
 from lmserve.errors import InvalidRequest, UnsupportedField
+from lmserve.sampling_params import RANGES
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
     """The body."""
 
-    prompt: str | list[str | int | list[int]]
-    logprobs: Int = None
-    best_of: Int = None
+    prompt: Annotated[
+        str | list[str | int | list[int]],
+        honoured(
+            "what to continue; no template is applied",
+            kind="string, array of strings, array of token ids, or array of such arrays",
+        ),
+    ]
+    max_tokens: Annotated[
+        Int,
+        honoured(
+            "new tokens at most", default="16", allowed="at least 1, with echo at least 0; -1: what the context leaves"
+        ),
+    ] = None
+    logprobs: Annotated[
+        Int,
+        honoured(
+            "report log-probabilities, and this many of the likeliest tokens at each position",
+            default="none",
+            allowed=RANGES["top_logprobs"],
+        ),
+    ] = None
+    best_of: Annotated[Int, honoured("only as many as n", default="n", allowed="n")] = None
+    echo: Annotated[Any, refused("boolean", "echo is not offered yet", False)] = None
+    suffix: Annotated[Any, refused("string", "fill-in-the-middle is not offered yet", "")] = None
 
     def prompts(self) -> list[str | list[int]]:
         """One or many texts or token sequences.
@@ -69,7 +93,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
 
 
-class Completion(msgspec.Struct, frozen=True):
+class Completion(WithStats, frozen=True):
     id: str
     object: Literal["text_completion"]
     created: int

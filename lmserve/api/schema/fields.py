@@ -1,55 +1,103 @@
-"""The fields of request bodies that are not honoured: which are refused, and when they are harmless.
+"""The table of request fields, and how its rows are written.
 
-Three ways for a field, and no fourth: it is a field of the endpoint's struct and honoured; it stands here and is
-refused, unless its value asks for nothing; it is reported in the header ``x-lmserve-ignored``.
+A request body's struct is its part of the table: every field that OpenAI, LM Studio or lmserve documents for the
+endpoint is a member, and its annotation says what is done with it. There are three ways for a field, and no fourth: it
+is *honoured*; it is *ignored*, and reported in the header ``x-lmserve-ignored`` (as is every key that is no member at
+all); it is *refused* by name, unless its value asks for nothing. ``table`` reads the rows back: the parser, the
+documentation page, the OpenAPI document and the tests all go by them.
 """
 
 from __future__ import annotations
 
+import functools
+import types
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A field that lmserve knows and does not offer."""
+from lmserve.sampling_params import Range
 
-    why: str
+
+class Treatment(str, Enum):
+    """What is done with a field."""
+
+    HONOURED = "honoured"
+    IGNORED = "ignored"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One row of the table."""
+
+    name: str = ""
+    kind: str = ""
+    """Its type, as JSON calls it."""
+    allowed: str = ""
+    """What values it may have, where the type does not say it all."""
+    bounds: Range | None = None
+    default: str = ""
+    treatment: Treatment
+    help: str
+    """What it does; of a refused or ignored field, why."""
     harmless: tuple[Any, ...] = ()
-    """Values that ask for nothing. null always is one."""
+    """Of a refused field: values that ask for nothing. null always is one."""
+    required: bool = False
+
+    def asks_for_nothing(self, value: object) -> bool:
+        return value is None or any(type(value) is type(same) and value == same for same in self.harmless)
 
 
-_NO_TOOLS = "tool calls are not offered yet"
-_NO_AUDIO = "audio is not offered"
+def honoured(help: str, *, default: str = "", allowed: Range | str = "", kind: str = "") -> msgspec.Meta:
+    """The annotation of a field with its documented meaning. ``kind`` where the Python type does not tell it."""
+    bounds = allowed if isinstance(allowed, Range) else None
+    row = Field(
+        kind=kind, allowed=str(allowed), bounds=bounds, default=default, treatment=Treatment.HONOURED, help=help
+    )
+    return msgspec.Meta(description=help, extra={"row": row})
 
-_EVERYWHERE: Mapping[str, Refused] = {
-    "draft_model": Refused("speculative decoding is not offered yet", ("",)),
-    "ttl": Refused("idle unloading is not offered yet"),
-    "keep_alive": Refused("idle unloading is not offered yet"),
-}
 
-CHAT_REFUSED: Mapping[str, Refused] = {
-    **_EVERYWHERE,
-    "tools": Refused(_NO_TOOLS, ([],)),
-    "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
-    "functions": Refused(_NO_TOOLS, ([],)),
-    "function_call": Refused(_NO_TOOLS, ("none", "auto")),
-    "parallel_tool_calls": Refused(_NO_TOOLS, (True, False)),
-    "response_format": Refused("structured output is not offered yet", ({"type": "text"},)),
-    "reasoning_effort": Refused("control of reasoning is not offered yet; see chat_template_kwargs"),
-    "audio": Refused(_NO_AUDIO),
-    "modalities": Refused(_NO_AUDIO, (["text"],)),
-    "prediction": Refused("predicted outputs are not offered"),
-    "web_search_options": Refused("web search is not offered"),
-    "images": Refused("images are not offered yet", ([],)),
-    "echo": Refused("echo is not offered", (False,)),
-}
+def ignored(kind: str, why: str) -> msgspec.Meta:
+    """The annotation of a field whose absence changes no answer."""
+    return msgspec.Meta(description=why, extra={"row": Field(kind=kind, treatment=Treatment.IGNORED, help=why)})
 
-COMPLETION_REFUSED: Mapping[str, Refused] = {
-    **_EVERYWHERE,
-    "echo": Refused("echo is not offered yet", (False,)),
-    "suffix": Refused("fill-in-the-middle is not offered yet", ("",)),
-    "response_format": Refused("structured output is not offered yet", ({"type": "text"},)),
-    "images": Refused("images are not offered yet", ([],)),
-}
+
+def refused(kind: str, why: str, *harmless: Any) -> msgspec.Meta:
+    """The annotation of a field whose absence would change the answer."""
+    row = Field(kind=kind, treatment=Treatment.REFUSED, help=why, harmless=harmless)
+    return msgspec.Meta(description=why, extra={"row": row})
+
+
+@functools.cache
+def table(body: type[msgspec.Struct]) -> Mapping[str, Field]:
+    """The rows of one endpoint, by name, in the order of the struct."""
+    hints = typing.get_type_hints(body, include_extras=True)
+    required = {field.name for field in msgspec.structs.fields(body) if field.required}
+    rows = {}
+    for name in body.__struct_fields__:
+        kind, *notes = typing.get_args(hints[name])
+        extras = [note.extra or {} for note in notes]
+        row: Field = next(extra["row"] for extra in extras if "row" in extra)
+        is_integer = any(extra.get("integer") for extra in extras)
+        named = row.kind or ("integer" if is_integer else kind_name(kind))
+        rows[name] = replace(row, name=name, kind=named, required=name in required)
+    return types.MappingProxyType(rows)
+
+
+def kind_name(kind: Any) -> str:
+    """A Python type as JSON calls it. null goes without saying: it may stand for any optional field."""
+    if kind in _KINDS:
+        return _KINDS[kind]
+    arguments = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return " or ".join(kind_name(argument) for argument in arguments if argument is not types.NoneType)
+    origin = typing.get_origin(kind)
+    assert origin in (list, dict), kind
+    return f"array of {kind_name(arguments[0])}s" if origin is list else "object"
+
+
+_KINDS = {str: "string", int: "integer", float: "number", bool: "boolean"}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
 from lmserve.errors import InvalidRequest
 
-Int = int | float | None
+Int = Annotated[int | float | None, msgspec.Meta(extra={"integer": True})]
 """A whole number; some clients write 100.0."""
 
 

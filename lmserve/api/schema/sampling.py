@@ -2,42 +2,137 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
+from lmserve.api.schema.fields import honoured, ignored, refused
 from lmserve.api.schema.numbers import Int, integer
 from lmserve.errors import InvalidRequest
+from lmserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES
 from lmserve.service.request import GenerationOptions
 
 MAX_PRIORITY = 2**31 - 1
+MODELS = "the model's, else 1"
+NO_STRUCTURE = "structured output is not offered yet"
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
-    """Sampling parameters. null is the same as absent, for every one."""
+    """What chat and completions have in common. null is the same as absent, for every one."""
 
-    model: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Int = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repeat_penalty: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, Any] | None = None
-    seed: Int = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int | float] | None = None
-    max_tokens: Int = None
-    max_completion_tokens: Int = None
-    min_tokens: Int = None
-    ignore_eos: bool | None = None
-    n: Int = None
-    priority: Int = None
-    stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    model: Annotated[
+        str | None, honoured("the model's id, a unique end of it, or an alias", default="the one that is loaded")
+    ] = None
+    temperature: Annotated[
+        float | None,
+        honoured(
+            "0 is greedy; 1 samples from the model's own distribution", default=MODELS, allowed=RANGES["temperature"]
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        honoured("keep the likeliest tokens up to this share", default=MODELS, allowed=RANGES["top_p"]),
+    ] = None
+    top_k: Annotated[
+        Int,
+        honoured(
+            "keep this many of the likeliest tokens",
+            default="the model's, else off",
+            allowed="at least 0; 0 or -1: off",
+        ),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        honoured(
+            "keep tokens at least this likely, relative to the likeliest",
+            default="the model's, else 0",
+            allowed=RANGES["min_p"],
+        ),
+    ] = None
+    typical_p: Annotated[
+        float | None,
+        honoured("keep the most typical tokens up to this share", default=MODELS, allowed=RANGES["typical_p"]),
+    ] = None
+    repeat_penalty: Annotated[
+        float | None,
+        honoured(
+            "divides the logits of tokens in prompt and output, as transformers defines it; 1: off",
+            default=MODELS,
+            allowed=RANGES["repeat_penalty"],
+        ),
+    ] = None
+    repetition_penalty: Annotated[float | None, honoured("another name of repeat_penalty")] = None
+    presence_penalty: Annotated[
+        float | None,
+        honoured("taken from the logits of generated tokens, once", default="0", allowed=RANGES["presence_penalty"]),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        honoured(
+            "taken from the logits of generated tokens, each time", default="0", allowed=RANGES["frequency_penalty"]
+        ),
+    ] = None
+    logit_bias: Annotated[
+        dict[str, Any] | None,
+        honoured(
+            "added to the logits of these tokens: token id to bias",
+            allowed=f"biases in {RANGES['logit_bias']}, at most {MAX_LOGIT_BIAS}",
+        ),
+    ] = None
+    seed: Annotated[
+        Int,
+        honoured(
+            "the same seed gives the same answer while system_fingerprint stays",
+            default="drawn",
+            allowed="any 64-bit integer",
+        ),
+    ] = None
+    stop: Annotated[
+        str | list[str] | None, honoured("texts that end the output and are no part of it", allowed="see --max-stop")
+    ] = None
+    stop_token_ids: Annotated[
+        list[int | float] | None,
+        honoured("tokens that end the output", kind="array of integers", allowed=f"at most {MAX_STOP_TOKEN_IDS}"),
+    ] = None
+    max_tokens: Annotated[
+        Int,
+        honoured(
+            "new tokens at most", default="what the context leaves", allowed="at least 1; -1: what the context leaves"
+        ),
+    ] = None
+    max_completion_tokens: Annotated[Int, honoured("another name of max_tokens")] = None
+    min_tokens: Annotated[
+        Int, honoured("new tokens before anything may end the output", default="0", allowed="0 to max_tokens")
+    ] = None
+    ignore_eos: Annotated[bool | None, honoured("go on after the end-of-sequence token", default="false")] = None
+    n: Annotated[Int, honoured("choices", default="1", allowed=f"{RANGES['n']}, see --max-n")] = None
+    priority: Annotated[
+        Int, honoured("lower runs earlier", default="0", allowed=f"-{MAX_PRIORITY} to {MAX_PRIORITY}")
+    ] = None
+    stream: Annotated[bool | None, honoured("answer with server-sent events", default="false")] = None
+    stream_options: Annotated[
+        dict[str, Any] | None,
+        honoured("include_usage (boolean): one more chunk, with the usage", allowed="for streams only"),
+    ] = None
+    user: Annotated[Any, ignored("string", "it changes no answer")] = None
+    draft_model: Annotated[Any, ignored("string", "speculative decoding changes no answer; it is not offered yet")] = (
+        None
+    )
+    ttl: Annotated[Any, ignored("integer", "models stay loaded: idle unloading is not offered yet")] = None
+    keep_alive: Annotated[
+        Any, ignored("integer or string", "models stay loaded: idle unloading is not offered yet")
+    ] = None
+    images: Annotated[Any, refused("array of strings", "images are not offered yet", [])] = None
+    guided_json: Annotated[Any, refused("object", NO_STRUCTURE)] = None
+    guided_regex: Annotated[Any, refused("string", NO_STRUCTURE)] = None
+    guided_choice: Annotated[Any, refused("array of strings", NO_STRUCTURE)] = None
+    guided_grammar: Annotated[Any, refused("string", NO_STRUCTURE)] = None
+    structured_outputs: Annotated[Any, refused("object", NO_STRUCTURE)] = None
+    json_schema: Annotated[Any, refused("object", NO_STRUCTURE)] = None
+    grammar: Annotated[Any, refused("string", NO_STRUCTURE, "")] = None
+    regex: Annotated[Any, refused("string", NO_STRUCTURE)] = None
+    format: Annotated[Any, refused("object or string", NO_STRUCTURE, "")] = None
+    response_format: Annotated[Any, refused("object", NO_STRUCTURE, {"type": "text"})] = None
 
     @property
     def include_usage(self) -> bool:

@@ -1,0 +1,150 @@
+"""``GET /openapi.json``: the API described by what parses and answers it (OpenAPI 3.1, JSON Schema 2020-12)."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from lmserve import __version__
+from lmserve.api.schema.errors import ErrorAnswer
+from lmserve.api.schema.fields import Field, Treatment, table
+
+_JSON = "application/json"
+_EVENTS = "text/event-stream"
+_REF = "#/components/schemas/{name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One method of one path: how it is called, and what it takes and gives."""
+
+    method: str
+    path: str
+    """As Starlette writes it."""
+    endpoint: Callable[[Request], Awaitable[ASGIApp]]
+    summary: str
+    body: type[msgspec.Struct] | None = None
+    answer: type[msgspec.Struct] | None = None
+    chunk: type[msgspec.Struct] | None = None
+    """What one event of a stream holds."""
+    query: Mapping[str, str] | None = None
+    """Parameters of the query, each with what it does."""
+    statuses: Mapping[int, str] | None = None
+    """Other answers of the same shape."""
+
+
+class OpenApiEndpoint:
+    """Owns the document."""
+
+    def __init__(self, operations: Sequence[Operation], *, with_keys: bool) -> None:
+        self._document = msgspec.json.encode(openapi(operations, with_keys=with_keys))
+
+    async def document(self, _: Request) -> Response:
+        return Response(self._document, media_type=_JSON)
+
+
+def openapi(operations: Sequence[Operation], *, with_keys: bool) -> dict[str, Any]:
+    """The document. ``with_keys``: the server asks for one."""
+    answers = {kind for o in operations for kind in (o.answer, o.chunk) if kind is not None}
+    _, components = msgspec.json.schema_components(_by_name({*answers, ErrorAnswer}), ref_template=_REF)
+    bodies = {o.body for o in operations if o.body is not None}
+    components |= {body.__name__: body_schema(body) for body in _by_name(bodies)}
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        path = operation.path.replace(":path}", "}")
+        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation)
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "lmserve", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+    if with_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def body_schema(body: type[msgspec.Struct]) -> dict[str, Any]:
+    """A request body, from its part of the table of fields. Keys that it does not name may come, and are reported."""
+    hints = typing.get_type_hints(body)
+    rows = table(body)
+    return {
+        "type": "object",
+        "properties": {name: _field(row, hints[name]) for name, row in rows.items()},
+        "required": [name for name, row in rows.items() if row.required],
+    }
+
+
+def _field(row: Field, kind: Any) -> dict[str, Any]:
+    description = row.help
+    for label, text in (("Allowed", row.allowed), ("Default", row.default)):
+        description += f". {label}: {text}" if text else ""
+    if row.treatment is Treatment.IGNORED:
+        return {"description": f"Ignored, and reported in x-lmserve-ignored: {row.help}"}
+    if row.treatment is Treatment.REFUSED:
+        return {"description": f"Refused: {row.help}", "enum": [None, *row.harmless]}
+    schema: dict[str, Any] = {"type": ["integer", "null"]}
+    if row.kind != "integer":
+        schema = msgspec.json.schema(kind)
+    if row.bounds is not None:
+        schema["exclusiveMinimum" if row.bounds.low_open else "minimum"] = row.bounds.low
+        schema["maximum"] = row.bounds.high
+    return {**schema, "description": description}
+
+
+def _operation(operation: Operation) -> dict[str, Any]:
+    content = {}
+    if operation.answer is not None:
+        content[_JSON] = {"schema": _ref(operation.answer)}
+    if operation.chunk is not None or operation.answer is None:
+        events = "Server-sent events"
+        holding = "" if operation.chunk is None else f", each with one {operation.chunk.__name__}, the last with [DONE]"
+        content[_EVENTS] = {"schema": {"type": "string", "description": events + holding}}
+    described: dict[str, Any] = {
+        "summary": operation.summary,
+        "operationId": f"{operation.method.lower()}_{_identifier(operation.path)}",
+        "responses": {
+            "200": {"description": "The answer", "content": content},
+            **{
+                str(status): {"description": text, "content": content}
+                for status, text in (operation.statuses or {}).items()
+            },
+            "default": {"description": "An error", "content": {_JSON: {"schema": _ref(ErrorAnswer)}}},
+        },
+    }
+    parameters = _parameters(operation)
+    if parameters:
+        described["parameters"] = parameters
+    if operation.body is not None:
+        described["requestBody"] = {"required": True, "content": {_JSON: {"schema": _ref(operation.body)}}}
+    return described
+
+
+def _parameters(operation: Operation) -> list[dict[str, Any]]:
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "query", "description": text, "schema": {"type": "string"}}
+        for name, text in (operation.query or {}).items()
+    ]
+    if "{model_id:path}" in operation.path:
+        parameters.append({"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}})
+    return parameters
+
+
+def _by_name(kinds: set[type[msgspec.Struct]]) -> list[type[msgspec.Struct]]:
+    return sorted(kinds, key=lambda kind: kind.__name__)
+
+
+def _ref(kind: type[msgspec.Struct]) -> dict[str, str]:
+    return {"$ref": _REF.format(name=kind.__name__)}
+
+
+def _identifier(path: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in path).strip("_")

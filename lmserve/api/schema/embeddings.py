@@ -1,0 +1,25 @@
+"""``POST /v1/embeddings``: the body."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from lmserve.api.schema.fields import honoured, ignored
+from lmserve.api.schema.numbers import Int
+
+
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """The body."""
+
+    input: Annotated[
+        str | list[str | int | list[int]],
+        honoured("what to embed", kind="string, array of strings, array of token ids, or array of such arrays"),
+    ]
+    model: Annotated[str | None, honoured("an embedding model's id")] = None
+    encoding_format: Annotated[
+        str | None, honoured("how vectors are written", default="float", allowed="float or base64")
+    ] = None
+    dimensions: Annotated[Int, honoured("cut the vectors, and normalise again")] = None
+    user: Annotated[Any, ignored("string", "it changes no answer")] = None

@@ -1,0 +1,43 @@
+"""The figures under /api/v0, from what the service measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lmserve import __version__
+from lmserve.api.schema.stats import ModelInfo, Runtime, Stats
+from lmserve.service.deltas import Finished, Usage
+from lmserve.service.request import GenerationRequest
+
+_QUANT = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+RUNTIME = Runtime("lmserve", __version__, ["safetensors", "gguf"])
+
+
+@dataclass(frozen=True, slots=True)
+class StatsReporter:
+    """What an answer of one model ends with; ``of`` makes the three fields."""
+
+    model_info: ModelInfo
+
+    @classmethod
+    def for_request(cls, generation: GenerationRequest) -> StatsReporter:
+        info = generation.model.engine.info
+        is_gguf = generation.model.entry.path.endswith(".gguf")
+        return cls(
+            ModelInfo(
+                arch=info.architecture,
+                quant=_QUANT.get(info.dtype, info.dtype),
+                format="gguf" if is_gguf else "safetensors",
+                context_length=generation.context_length,
+            )
+        )
+
+    def of(self, usage: Usage, finished: Finished) -> dict[str, Stats | ModelInfo | Runtime]:
+        seconds = usage.generation_time
+        stats = Stats(
+            tokens_per_second=usage.num_completion_tokens / seconds if seconds > 0 else 0.0,
+            time_to_first_token=usage.time_to_first_token if usage.num_completion_tokens else 0.0,
+            generation_time=seconds,
+            stop_reason=finished.stop_reason.value,
+        )
+        return {"stats": stats, "model_info": self.model_info, "runtime": RUNTIME}
