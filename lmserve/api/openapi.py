@@ -92,7 +92,9 @@ def _field(row: Field, kind: Any) -> dict[str, Any]:
     if row.treatment is Treatment.REFUSED:
         return {"description": f"Refused: {row.help}", "enum": [None, *row.harmless]}
     schema: dict[str, Any] = {"type": ["integer", "null"]}
-    if row.kind != "integer":
+    if row.schema is not None:
+        schema = dict(row.schema)
+    elif row.kind != "integer":
         schema = msgspec.json.schema(kind)
     if row.bounds is not None:
         schema["exclusiveMinimum" if row.bounds.low_open else "minimum"] = row.bounds.low
@@ -105,9 +107,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     if operation.answer is not None:
         content[_JSON] = {"schema": _ref(operation.answer)}
     if operation.chunk is not None or operation.answer is None:
-        events = "Server-sent events"
-        holding = "" if operation.chunk is None else f", each with one {operation.chunk.__name__}, the last with [DONE]"
-        content[_EVENTS] = {"schema": {"type": "string", "description": events + holding}}
+        content[_EVENTS] = {"schema": _event(operation.chunk)}
     described: dict[str, Any] = {
         "summary": operation.summary,
         "operationId": f"{operation.method.lower()}_{_identifier(operation.path)}",
@@ -126,6 +126,13 @@ def _operation(operation: Operation) -> dict[str, Any]:
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": {_JSON: {"schema": _ref(operation.body)}}}
     return described
+
+
+def _event(chunk: type[msgspec.Struct] | None) -> dict[str, Any]:
+    """One server-sent event. ``chunk``: what its data holds; None: it is said elsewhere, and there is no end mark."""
+    held: dict[str, Any] = {"type": "string", "contentMediaType": _JSON}
+    data = held if chunk is None else {"anyOf": [{**held, "contentSchema": _ref(chunk)}, {"const": "[DONE]"}]}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:

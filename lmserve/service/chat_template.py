@@ -37,8 +37,8 @@ class Chat:
 class ChatTemplate:
     """Renders chats with one model's template.
 
-    Control tokens that people write in messages stay text where this version of transformers can do that; then the
-    chat is encoded in pieces, and else as one text.
+    Control tokens that people write in messages stay text: such a chat is encoded in pieces, any other as one text.
+    Where this version of transformers cannot do that, a message that holds a special token is refused.
     """
 
     def __init__(self, text: ModelText) -> None:
@@ -47,7 +47,8 @@ class ChatTemplate:
         parameters = inspect.signature(self._apply).parameters
         self._reserved = frozenset(parameters) | {"messages"}
         self._can_sanitize = "sanitize_control_tokens" in parameters
-        names = [str(token) for token in text.tokenizer.added_tokens_decoder.values() if not str(token).isspace()]
+        added = [token for token in text.tokenizer.added_tokens_decoder.values() if not str(token).isspace()]
+        names = [str(token) for token in added if self._can_sanitize or token.special]
         self._control_token = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
     @property
@@ -73,13 +74,21 @@ class ChatTemplate:
         options = self._options(chat)
         try:
             text = str(self._apply(messages, tokenize=False, **options))
-            if self._can_sanitize and self._has_control_token([messages, chat.template_kwargs]):
-                return Prompt(text, self._text.encode_chat(messages, **options))
+            if self._has_control_token([messages, chat.template_kwargs]):
+                return Prompt(text, self._encode_in_pieces(messages, options))
         except jinja2.TemplateError as error:
             raise InvalidRequest(error.message or "The chat template refuses these messages.", "messages") from error
         except (ValueError, TypeError, RecursionError) as error:
             raise InvalidRequest(f"The chat template cannot render these messages: {error}", "messages") from error
         return Prompt(text, self._text.encode_rendered(text))
+
+    def _encode_in_pieces(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
+        if not self._can_sanitize:
+            raise InvalidRequest(
+                "The messages hold a control token, which the server's version of transformers cannot keep as text.",
+                "messages",
+            )
+        return self._text.encode_chat(messages, **options)
 
     def _options(self, chat: Chat) -> dict[str, Any]:
         if chat.continue_final_message and chat.add_generation_prompt:

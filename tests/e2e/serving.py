@@ -32,11 +32,13 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     stderr: Path
+    scheme: str = "http"
+    uds: Path | None = None
     clients: list[OpenAI] = field(default_factory=list)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def client(self, **options: object) -> OpenAI:
         settings: dict[str, object] = {"base_url": f"{self.url}/v1", "api_key": "any", "max_retries": 0, "timeout": 120}
@@ -53,15 +55,27 @@ class Server:
             if self.process.poll() is not None:
                 break
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health").status_code == 200:
+                if self._health() == 200:
                     return
             time.sleep(0.1)
         raise AssertionError(f"the server is not ready (exit code {self.process.poll()}):\n{self.stderr.read_text()}")
 
+    def _health(self) -> int:
+        if self.uds is not None and "listens on" not in self.stderr.read_text():
+            return 0
+        transport = httpx.HTTPTransport(uds=None if self.uds is None else str(self.uds), verify=False)
+        with httpx.Client(transport=transport) as http:
+            return http.get(f"{self.url}/health").status_code
+
 
 @contextlib.contextmanager
-def start(folder: Path, *arguments: str, ready: bool = True, **environment: str) -> Iterator[Server]:
-    """``lmserve serve`` with the arguments, on a free port. Ends it and asserts that no worker outlives it."""
+def start(
+    folder: Path, *arguments: str, ready: bool = True, scheme: str = "http", uds: Path | None = None, **environment: str
+) -> Iterator[Server]:
+    """``lmserve serve`` with the arguments, on a free port. Ends it and asserts that no worker outlives it.
+
+    ``scheme`` and ``uds``: how it can be reached, if the arguments say so.
+    """
     port = free_port()
     stderr = folder / f"stderr-{port}.txt"
     with stderr.open("wb") as sink:
@@ -72,7 +86,7 @@ def start(folder: Path, *arguments: str, ready: bool = True, **environment: str)
             stderr=sink,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         )
-    server = Server(process, port, stderr)
+    server = Server(process, port, stderr, scheme, uds)
     workers: list[psutil.Process] = []
     try:
         if ready:

@@ -47,6 +47,21 @@ def test_control_tokens_in_a_message_stay_text() -> None:
     assert text.encode_rendered("<|im_start|>") == [im_start]
 
 
+def test_a_transformers_that_cannot_keep_control_tokens_as_text_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 has no ``sanitize_control_tokens``."""
+    text = made.smollm2()
+    apply = text.tokenizer.apply_chat_template
+    older: Any = lambda messages, *, tokenize, add_generation_prompt, continue_final_message: apply(  # noqa: E731
+        messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt
+    )
+    monkeypatch.setattr(text.tokenizer, "apply_chat_template", older)
+    older_template = ChatTemplate(text)
+    with pytest.raises(InvalidRequest, match="control token") as caught:
+        older_template.render(Chat(messages=user("Hi <|im_end|>")))
+    assert caught.value.param == "messages"
+    assert older_template.render(Chat(messages=user("Hi <|nothing|>"))).token_ids
+
+
 def test_the_templates_own_refusal_is_the_message() -> None:
     with pytest.raises(InvalidRequest) as caught:
         template().render(Chat(messages=[{"role": "tool", "content": "x"}]))

@@ -14,7 +14,29 @@ from lmserve.api.schema.usage import UsageAnswer
 from lmserve.errors import InvalidRequest
 from lmserve.sampling_params import RANGES
 from lmserve.service.chat_template import Chat
+from lmserve.service.messages import ROLES
 
+MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": list(ROLES)},
+        "content": {
+            "anyOf": [
+                {"type": ["string", "null"]},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        "required": ["type", "text"],
+                    },
+                },
+            ]
+        },
+    },
+    "required": ["role"],
+}
+"""A message, in JSON Schema: what every chat template knows. Other keys are the template's to read."""
 _NO_TOOLS = "tool calls are not offered yet"
 _NO_AUDIO = "audio is not offered"
 
@@ -28,6 +50,7 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
             "the chat: roles system, developer, user, assistant, tool, function; content a string, null, or an array "
             "of text parts",
             allowed="at least one",
+            schema={"type": "array", "minItems": 1, "items": MESSAGE},
         ),
     ]
     logprobs: Annotated[bool | None, honoured("report log-probabilities", default="false")] = None

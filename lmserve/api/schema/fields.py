@@ -47,16 +47,30 @@ class Field:
     harmless: tuple[Any, ...] = ()
     """Of a refused field: values that ask for nothing. null always is one."""
     required: bool = False
+    schema: Mapping[str, Any] | None = None
+    """In JSON Schema, where the Python type says too little."""
 
     def asks_for_nothing(self, value: object) -> bool:
         return value is None or any(type(value) is type(same) and value == same for same in self.harmless)
 
 
-def honoured(help: str, *, default: str = "", allowed: Range | str = "", kind: str = "") -> msgspec.Meta:
-    """The annotation of a field with its documented meaning. ``kind`` where the Python type does not tell it."""
-    bounds = allowed if isinstance(allowed, Range) else None
+def honoured(
+    help: str,
+    *,
+    default: str = "",
+    allowed: Range | str = "",
+    kind: str = "",
+    schema: Mapping[str, Any] | None = None,
+) -> msgspec.Meta:
+    """The annotation of a field with its documented meaning. ``kind``, ``schema``: where the type does not tell."""
     row = Field(
-        kind=kind, allowed=str(allowed), bounds=bounds, default=default, treatment=Treatment.HONOURED, help=help
+        kind=kind,
+        allowed=str(allowed),
+        bounds=allowed if isinstance(allowed, Range) else None,
+        default=default,
+        treatment=Treatment.HONOURED,
+        help=help,
+        schema=schema,
     )
     return msgspec.Meta(description=help, extra={"row": row})
 

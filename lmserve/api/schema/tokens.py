@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from lmserve.api.schema.chat import MESSAGE
 from lmserve.api.schema.fields import honoured, refused
 from lmserve.errors import InvalidRequest
 from lmserve.service.chat_template import Chat
@@ -17,7 +18,10 @@ class ChatFields(msgspec.Struct, kw_only=True):
     """A chat to be rendered."""
 
     model: Annotated[str | None, _MODEL] = None
-    messages: Annotated[list[dict[str, Any]] | None, honoured("the chat, as in /v1/chat/completions")] = None
+    messages: Annotated[
+        list[dict[str, Any]] | None,
+        honoured("the chat, as in /v1/chat/completions", schema={"type": ["array", "null"], "items": MESSAGE}),
+    ] = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, honoured("variables for the chat template")] = None
     continue_final_message: Annotated[bool | None, honoured("as in /v1/chat/completions", default="false")] = None
     add_generation_prompt: Annotated[
