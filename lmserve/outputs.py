@@ -24,7 +24,7 @@ class TokenLogprobs:
     """Log-probabilities at one position, of the distribution as the model gave it (before any sampling parameter)."""
 
     logprob: float
-    """That of the sampled token."""
+    """That of the sampled token, or of the prompt's token."""
     top: tuple[tuple[int, float], ...]
     """(token id, log-probability) of the likeliest tokens, best first; as many as asked for."""
 
@@ -43,3 +43,6 @@ class RequestOutput:
     """Prompt tokens that were found in the prefix cache (the same number in every output of a choice)."""
     finish_reason: FinishReason | None = None
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """If asked for, of the prompt's tokens from the second on: those that this step computed, each reported once, in
+    order. Choice 0 alone has them."""

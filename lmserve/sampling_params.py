@@ -86,6 +86,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     """None: no log-probabilities. k >= 0: that of each sampled token and of the k likeliest ones."""
+    prompt_logprobs: int | None = None
+    """The same of each token of the prompt but the first, which nothing predicts. Choice 0 reports them for all."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "top_k"):
@@ -96,6 +98,8 @@ class SamplingParams:
         _in_range("min_tokens", self.min_tokens, Range(0, self.max_tokens))
         if self.logprobs is not None:
             _in_range("top_logprobs", self.logprobs)
+        if self.prompt_logprobs is not None:
+            _in_range("logprobs", self.prompt_logprobs, RANGES["top_logprobs"])
         _at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for _, bias in self.logit_bias:
             _in_range("logit_bias", bias)

@@ -140,6 +140,9 @@ class EngineCore:
         num_wanted = sum(chunk.samples for chunk in step.chunks)
         if not len(output.token_ids) == len(output.logprobs) == num_wanted:
             raise RuntimeError(f"the runner gave {len(output.token_ids)} tokens for {num_wanted} sequences")
+        num_wanted = sum(len(chunk.prompt_logprobs) for chunk in step.chunks)
+        if len(output.prompt_logprobs) != num_wanted:
+            raise RuntimeError(f"the runner scored {len(output.prompt_logprobs)} prompt tokens for {num_wanted}")
         return output
 
     def _count(self, scheduled: SchedulerOutput) -> None:

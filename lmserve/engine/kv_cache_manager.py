@@ -107,8 +107,8 @@ class KVCacheManager:
             raise IntegrityError("a block is pending with a request that does not run")
 
     def _num_shareable(self, request: Request) -> int:
-        """Full blocks that leave one token to compute: its logits are wanted."""
-        return (request.num_tokens - 1) // self.block_size
+        """Full blocks of tokens that may come from the cache instead of being computed."""
+        return request.num_skippable_tokens // self.block_size
 
     def _find_prefix(self, request: Request) -> list[int]:
         blocks: list[int] = []

@@ -17,7 +17,7 @@ from lmserve.outputs import RequestOutput
 from lmserve.runtime.interface import RunnerInfo
 from lmserve.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 64 * 2**20
 HEADER = struct.Struct(">I")
 

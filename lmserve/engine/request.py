@@ -39,6 +39,8 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     """Leading tokens whose keys and values are in the cache."""
+    num_prompt_logprobs: int = 0
+    """Leading positions whose next prompt token's log-probability has been reported. A preemption keeps it."""
     num_cached_tokens: int | None = None
     """Prompt tokens that were found in the cache when the request first ran; None before that."""
     slot: int | None = None
@@ -52,11 +54,15 @@ class Request:
 
     rank: tuple[int, int] = field(init=False)
     """Order of service: a smaller one runs earlier and is preempted later. No two requests share one."""
+    num_prompt_logprobs_wanted: int = field(init=False)
+    """Of the ``n`` choices the first reports for all: their prompt is the same."""
     end_token_ids: frozenset[int] = field(init=False)
     """Tokens that end the sequence, once ``min_tokens`` are there."""
 
     def __post_init__(self) -> None:
         self.rank = (self.priority, self.arrival)
+        wants_prompt_logprobs = self.sampling.prompt_logprobs is not None and self.choice == 0
+        self.num_prompt_logprobs_wanted = self.num_prompt_tokens - 1 if wants_prompt_logprobs else 0
         eos = () if self.sampling.ignore_eos else self.eos_token_ids
         self.end_token_ids = frozenset((*self.sampling.stop_token_ids, *eos))
 
@@ -68,6 +74,20 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens known so far, prompt and output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_skippable_tokens(self) -> int:
+        """Leading tokens that need not be computed if they are found in the cache.
+
+        All but the last, whose logits are wanted; and none whose prompt log-probability is still to be reported.
+        """
+        if self.num_prompt_logprobs < self.num_prompt_logprobs_wanted:
+            return self.num_prompt_logprobs
+        return self.num_tokens - 1
+
+    def unreported(self, start: int, end: int) -> range:
+        """The positions in ``[start, end)`` whose next prompt token's log-probability is still to be reported."""
+        return range(max(start, self.num_prompt_logprobs), min(end, self.num_prompt_logprobs_wanted))
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """The tokens ``[start, end)`` of prompt and output together."""

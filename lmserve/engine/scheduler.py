@@ -9,6 +9,9 @@ step lets the latter catch up with the former under one budget of tokens:
    up those behind it, so that small requests do not starve a large one. One whose next prefix block a running request
    is about to compute steps aside until it can share it; this is how the ``n`` choices of a request share its prompt.
 
+The log-probabilities of prompts have a budget of their own, which cuts chunks too. In a step that has used it up those
+who ask for them are not admitted, and others pass.
+
 An admitted request has blocks for all its known tokens, so only decoding can run out of them. Then the running request
 that is last in rank loses its blocks and goes back to its old place in the queue; its tokens are computed again later
 (preemption by recompute, as in vLLM). The first in rank is never the victim of another, so somebody always gets on.
@@ -20,7 +23,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from operator import attrgetter
 
 from lmserve.engine.block_pool import IntegrityError
@@ -29,6 +33,7 @@ from lmserve.engine.request import Request, RequestStatus
 from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
 from lmserve.runtime.interface import NewSequence, RunnerInfo, ScheduledChunk, StepInput, StepOutput
 
+MAX_PROMPT_LOGPROBS = 256
 NO_TOKEN = "The model's output is not a number, or the request's own constraints leave no token to choose."
 
 _rank = attrgetter("rank")
@@ -43,6 +48,9 @@ class SchedulerConfig:
     max_model_len: int
     prefix_caching: bool = True
     """Off, only the ``n`` choices of one request share blocks."""
+    max_num_prompt_logprobs: int = MAX_PROMPT_LOGPROBS
+    """Rows of logits that one step may compute for prompts. A row is as wide as the vocabulary, so a whole step of
+    them would take gigabytes; without prompts' log-probabilities there is at most one for each sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,18 @@ class SchedulerOutput:
 
     requests: list[Request]
     step: StepInput
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What is left of a step."""
+
+    num_tokens: int
+    num_prompt_logprobs: int
+
+    def take(self, chunk: ScheduledChunk) -> None:
+        self.num_tokens -= chunk.num_tokens
+        self.num_prompt_logprobs -= len(chunk.prompt_logprobs)
 
 
 def max_request_tokens(info: RunnerInfo) -> int:
@@ -67,6 +87,7 @@ class Scheduler:
         self.num_cached_tokens = 0
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._max_num_prompt_logprobs = config.max_num_prompt_logprobs
         self._max_tokens = min(config.max_model_len, kv.max_tokens)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -89,15 +110,15 @@ class Scheduler:
         decodes: list[tuple[Request, ScheduledChunk]] = []
         prefills: list[tuple[Request, ScheduledChunk]] = []
         new_sequences: list[NewSequence] = []
-        budget = self._max_num_batched_tokens
-        for request in self._candidates():
+        budget = _Budget(self._max_num_batched_tokens, self._max_num_prompt_logprobs)
+        for request in self._candidates(budget):
             if request.slot is None:
                 self._take_slot(request)
                 new_sequences.append(_new_sequence(request))
             chunk = _chunk(request, budget)
             (decodes if chunk.samples and chunk.num_tokens == 1 else prefills).append((request, chunk))
-            budget -= chunk.num_tokens
-            if budget == 0:
+            budget.take(chunk)
+            if budget.num_tokens == 0:
                 break
         return _scheduler_output(decodes + prefills, new_sequences)
 
@@ -105,13 +126,21 @@ class Scheduler:
         """Takes note of a computed step; its news."""
         outputs: list[RequestOutput] = []
         sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
+        scored = iter(output.prompt_logprobs)
         for request, chunk in zip(scheduled.requests, scheduled.step.chunks, strict=True):
             request.num_computed_tokens = chunk.start + chunk.num_tokens
             self.kv.register_computed(request, chunk.start)
+            prompt_logprobs = tuple(islice(scored, len(chunk.prompt_logprobs)))
+            request.num_prompt_logprobs += len(prompt_logprobs)
+            news = None
             if chunk.samples:
-                outputs.append(self._append(request, *next(sampled)))
+                news = self._append(request, *next(sampled))
             elif request.num_computed_tokens == request.num_tokens:
-                outputs.append(self.finish(request, FinishReason.LENGTH))  # max_tokens is 0
+                news = self.finish(request, FinishReason.LENGTH)  # max_tokens is 0
+            if prompt_logprobs:
+                news = replace(news or _output(request), prompt_logprobs=prompt_logprobs)
+            if news is not None:
+                outputs.append(news)
         return outputs
 
     def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput:
@@ -138,8 +167,11 @@ class Scheduler:
         if sorted(slots + self._free_slots) != list(range(self._max_num_seqs)):
             raise IntegrityError(f"slots {slots} are used and {self._free_slots} free, of {self._max_num_seqs}")
 
-    def _candidates(self) -> Iterator[Request]:
-        """Whom to serve in this step, best first. Lazy: nobody is preempted or admitted beyond the budget."""
+    def _candidates(self, budget: _Budget) -> Iterator[Request]:
+        """Whom to serve in this step, best first. Lazy: nobody is preempted or admitted beyond the budget.
+
+        ``budget`` is what those that came out before have left.
+        """
         num_preemptions = self.num_preemptions
         prefills: list[Request] = []
         for request in list(self._running):
@@ -151,7 +183,7 @@ class Scheduler:
             if request.status is RequestStatus.RUNNING:
                 yield request
         if self.num_preemptions == num_preemptions:
-            yield from self._admissible()
+            yield from self._admissible(budget)
 
     def _has_room(self, request: Request) -> bool:
         """A block for the newest token, if need be at the cost of the last in rank. False if that was this request."""
@@ -161,13 +193,15 @@ class Scheduler:
             self._preempt(self._running[-1])
         return False
 
-    def _admissible(self) -> Iterator[Request]:
+    def _admissible(self, budget: _Budget) -> Iterator[Request]:
         """Waiting requests that start now; they have their blocks when they come out, and no slot yet."""
         for request in list(self._waiting):
             if not self._free_slots:
                 return
             if self.kv.prefix_is_pending(request):
                 continue
+            if request.sampling.prompt_logprobs is not None and budget.num_prompt_logprobs == 0:
+                continue  # all its choices: the others would compute the prompt that the first is to compute
             if not self.kv.admit(request, num_spare=len(self._running)):
                 return
             yield request
@@ -219,12 +253,26 @@ class Scheduler:
         self.kv.free(request)
 
 
-def _chunk(request: Request, budget: int) -> ScheduledChunk:
+def _chunk(request: Request, budget: _Budget) -> ScheduledChunk:
     assert request.slot is not None
+    start, num_tokens = request.num_computed_tokens, _num_tokens(request, budget)
+    end = start + num_tokens
+    samples = end == request.num_tokens and request.sampling.max_tokens > 0
+    return ScheduledChunk(request.slot, start, num_tokens, request.block_table, samples, request.unreported(start, end))
+
+
+def _num_tokens(request: Request, budget: _Budget) -> int:
+    """How many tokens of a request the budget lets be computed: at least one.
+
+    Rows of logits are left for whoever needs one: of the running requests only the last that was admitted can still
+    have prompt tokens to report, and it is served before any other is admitted.
+    """
     start = request.num_computed_tokens
-    num_lacking = request.num_tokens - start
-    samples = num_lacking <= budget and request.sampling.max_tokens > 0
-    return ScheduledChunk(request.slot, start, min(budget, num_lacking), request.block_table, samples)
+    num_tokens = min(budget.num_tokens, request.num_tokens - start)
+    unreported = request.unreported(start, start + num_tokens)
+    if len(unreported) > budget.num_prompt_logprobs:
+        return unreported[budget.num_prompt_logprobs] - start
+    return num_tokens
 
 
 def _new_sequence(request: Request) -> NewSequence:

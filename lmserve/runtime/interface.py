@@ -73,6 +73,8 @@ class ScheduledChunk:
     block_table: list[int]
     """The KV blocks in order, enough for ``start + num_tokens`` tokens. The runner reads it only."""
     samples: bool
+    prompt_logprobs: range = range(0)
+    """Positions in the chunk whose next prompt token's log-probability is wanted. The prompt's last token has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +91,13 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One entry for each chunk with ``samples``, in the order of the chunks."""
+    """``token_ids`` and ``logprobs``: one entry for each chunk with ``samples``, in the order of the chunks."""
 
     token_ids: list[int]
     """-1 where nothing could be drawn: the logits are not numbers, or no token is allowed."""
     logprobs: list[TokenLogprobs | None]
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One entry for each position in the chunks' ``prompt_logprobs``, chunk after chunk."""
 
 
 class FatalRunnerError(Exception):

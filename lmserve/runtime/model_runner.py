@@ -1,6 +1,12 @@
-"""One model on its device: a ``StepInput`` becomes one packed forward and one token for each row that asked."""
+"""One model on its device: a ``StepInput`` becomes one packed forward and one token for each row that asked.
+
+The log-probabilities of prompts are rows of the same forward, behind those that are sampled.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,12 +16,23 @@ from torch import Tensor
 from lmserve.outputs import TokenLogprobs
 from lmserve.runtime.attention.base import Span
 from lmserve.runtime.interface import FatalRunnerError, NewSequence, RunnerInfo, ScheduledChunk, StepInput, StepOutput
+from lmserve.runtime.logprobs import RankedLogprobs, rank_logprobs
 from lmserve.runtime.packed_lane import PackedBatch, PackedLane
 from lmserve.runtime.sampler import SampledTokens, Sampler
 from lmserve.runtime.sampling_state import SamplingState
 
 MIN_ROWS = 4
 """From four rows on torch's CPU products give a row the same bits whatever their number; below, other kernels run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What is on its way to the host."""
+
+    chunks: list[ScheduledChunk]
+    sampled: SampledTokens
+    scored: RankedLogprobs | None
+    """Of the chunks' prompt tokens, in the order of ``_prompt_positions``; None if nobody asked."""
 
 
 class PackedModelRunner:
@@ -34,8 +51,9 @@ class PackedModelRunner:
         self._device = lane.model.device
         self._scratch_slot = info.num_blocks * info.block_size
         self._known_tokens: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * info.max_num_seqs
+        self._num_prompt_logprobs = [0] * info.max_num_seqs
         self._last_tokens = torch.zeros(info.max_num_seqs, dtype=torch.int64, device=self._device)
-        self._in_flight: tuple[list[ScheduledChunk], SampledTokens] | None = None
+        self._in_flight: _Step | None = None
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> None:
@@ -47,18 +65,20 @@ class PackedModelRunner:
             logits = self._lane.forward(self._pack(step.chunks))
         except torch.AcceleratorError as error:
             raise FatalRunnerError(str(error)) from error
-        self._in_flight = self._sample(step.chunks, logits)
+        sampled = self._sample(step.chunks, logits)
+        self._in_flight = _Step(step.chunks, sampled, self._score(step.chunks, logits))
 
     @torch.inference_mode()
     def collect(self) -> StepOutput:
         """Waits for the step and brings its tokens to the host."""
         assert self._in_flight is not None, "launch comes first"
-        chunks, sampled = self._in_flight
-        self._in_flight = None
-        return StepOutput(sampled.token_ids.tolist(), self._logprobs(chunks, sampled))
+        step, self._in_flight = self._in_flight, None
+        logprobs = self._logprobs(step.chunks, step.sampled)
+        return StepOutput(step.sampled.token_ids.tolist(), logprobs, self._prompt_logprobs(step))
 
     def _take_slot(self, sequence: NewSequence) -> None:
         self._known_tokens[sequence.slot] = np.array(sequence.token_ids, dtype=np.int64)
+        self._num_prompt_logprobs[sequence.slot] = sequence.sampling.prompt_logprobs or 0
         self._state.set_slot(
             sequence.slot,
             sequence.sampling,
@@ -75,7 +95,7 @@ class PackedModelRunner:
         ids = np.zeros(num_rows, np.int64)
         positions = np.zeros(num_rows, np.int64)
         slots = np.full(num_rows, self._scratch_slot, np.int64)
-        spans, logits_rows = [], []
+        spans, logits_rows, prompt_rows = [], [], []
         device_rows, device_slots = [], []
         row = 0
         for chunk in chunks:
@@ -97,7 +117,9 @@ class PackedModelRunner:
             spans.append(Span(row, chunk.num_tokens, end, chunk.block_table))
             if chunk.samples:
                 logits_rows.append(end_row - 1)
+            prompt_rows += [row + position - chunk.start for position in chunk.prompt_logprobs]
             row = end_row
+        logits_rows += prompt_rows
         logits_rows += [0] * (MIN_ROWS - len(logits_rows))
         input_ids = self._to_device(ids)
         if device_rows:
@@ -107,34 +129,45 @@ class PackedModelRunner:
             input_ids, self._to_device(positions), self._to_device(slots), self._index(logits_rows), spans
         )
 
-    def _sample(self, chunks: list[ScheduledChunk], logits: Tensor) -> tuple[list[ScheduledChunk], SampledTokens]:
+    def _sample(self, chunks: list[ScheduledChunk], logits: Tensor) -> SampledTokens:
         sampling = [chunk for chunk in chunks if chunk.samples]
         slots = [chunk.slot for chunk in sampling]
         slots_tensor = self._index(slots)
         positions = self._index([chunk.start + chunk.num_tokens for chunk in sampling])
         sampled = self._sampler(logits[: len(slots)], slots_tensor, positions, self._state.flags(slots))
         self._last_tokens.index_copy_(0, slots_tensor, sampled.token_ids)
-        return sampling, sampled
+        return sampled
+
+    def _score(self, chunks: list[ScheduledChunk], logits: Tensor) -> RankedLogprobs | None:
+        """The log-probabilities of the prompt tokens that the chunks ask for; their rows follow the sampled ones."""
+        token_ids = [int(self._known_tokens[slot][position + 1]) for slot, position in _prompt_positions(chunks)]
+        if not token_ids:
+            return None
+        first_row = sum(chunk.samples for chunk in chunks)
+        rows = torch.arange(first_row, first_row + len(token_ids), device=self._device)
+        return rank_logprobs(logits, rows, self._index(token_ids))
 
     def _logprobs(self, chunks: list[ScheduledChunk], sampled: SampledTokens) -> list[TokenLogprobs | None]:
+        wanted = [self._state.num_logprobs(chunk.slot) for chunk in chunks if chunk.samples]
         if sampled.logprobs is None:
-            return [None] * len(chunks)
-        chosen = sampled.logprobs.tolist()
-        none: list[list[float]] = [[]] * len(chunks)
-        ids = none if sampled.top_ids is None else sampled.top_ids.tolist()
-        values = none if sampled.top_logprobs is None else sampled.top_logprobs.tolist()
-        result: list[TokenLogprobs | None] = []
-        for i, chunk in enumerate(chunks):
-            wanted = self._state.num_logprobs(chunk.slot)
-            if wanted is None:
-                result.append(None)
-            else:
-                pairs = zip(ids[i][:wanted], values[i][:wanted], strict=True)
-                result.append(TokenLogprobs(chosen[i], tuple((int(t), p) for t, p in pairs)))
-        return result
+            return [None] * len(wanted)
+        logprobs = sampled.logprobs.to_host([count or 0 for count in wanted])
+        return [None if count is None else entry for count, entry in zip(wanted, logprobs, strict=True)]
+
+    def _prompt_logprobs(self, step: _Step) -> list[TokenLogprobs]:
+        if step.scored is None:
+            return []
+        return step.scored.to_host([self._num_prompt_logprobs[slot] for slot, _ in _prompt_positions(step.chunks)])
 
     def _index(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _to_device(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _prompt_positions(chunks: list[ScheduledChunk]) -> Iterator[tuple[int, int]]:
+    """Slot and position of each row that is computed for a prompt's log-probabilities."""
+    for chunk in chunks:
+        for position in chunk.prompt_logprobs:
+            yield chunk.slot, position

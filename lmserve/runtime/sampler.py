@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lmserve.runtime import filters
+from lmserve.runtime.logprobs import RankedLogprobs, rank_logprobs
 from lmserve.runtime.noise import noise_bits, row_keys, token_keys, unit_exponential
 from lmserve.runtime.sampling_state import Need, RowParams, SamplingFlags, SamplingState
-from lmserve.sampling_params import MAX_LOGPROBS
 
 _CHUNK_ELEMENTS_CPU = 1 << 19  # a chunk's buffers stay in the last-level cache
 _CHUNK_ELEMENTS = 1 << 24  # elsewhere launches count, and the buffers' memory
@@ -25,15 +25,11 @@ class SampledTokens:
 
     Attributes:
         token_ids: (rows,) int64; -1 where nothing could be drawn: the logits hold a NaN, or no token is allowed.
-        logprobs: (rows,) float32, that of each sampled token; None if no row asked for log-probabilities.
-        top_ids, top_logprobs: (rows, MAX_LOGPROBS) of the likeliest tokens, best first, equal ones by token id; fewer
-            columns in a smaller vocabulary. Rows that did not ask for log-probabilities hold zeros.
+        logprobs: of all rows; those that did not ask for log-probabilities hold zeros. None if no row asked.
     """
 
     token_ids: Tensor
-    logprobs: Tensor | None = None
-    top_ids: Tensor | None = None
-    top_logprobs: Tensor | None = None
+    logprobs: RankedLogprobs | None = None
 
 
 class Sampler:
@@ -216,15 +212,9 @@ def _with_logprobs(token_ids: Tensor, logits: Tensor, rows: list[int]) -> Sample
     if not rows:
         return SampledTokens(token_ids)
     index = torch.tensor(rows).to(logits.device, non_blocking=True)
-    logprobs = logits.index_select(0, index).to(torch.float32).log_softmax(-1)
-    chosen = logprobs.gather(-1, token_ids.index_select(0, index).clamp_min_(0)[:, None])
-    # Always as many as anyone may ask for, so that equal ones at the border do not depend on the batch.
-    values, ids = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[-1]), dim=-1)
-    ids, by_id = ids.sort(dim=-1)
-    values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, by_value)
+    ranked = rank_logprobs(logits, index, token_ids.index_select(0, index))
 
     def spread(part: Tensor) -> Tensor:
-        return part.new_zeros(len(token_ids), part.shape[1]).index_copy_(0, index, part)
+        return part.new_zeros(len(token_ids), *part.shape[1:]).index_copy_(0, index, part)
 
-    return SampledTokens(token_ids, spread(chosen)[:, 0], spread(ids), spread(values))
+    return SampledTokens(token_ids, RankedLogprobs(*map(spread, (ranked.chosen, ranked.top_ids, ranked.top))))

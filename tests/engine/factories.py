@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from lmserve.engine.core import EngineCore
 from lmserve.engine.messages import AddRequest
 from lmserve.engine.request import Request
-from lmserve.engine.scheduler import SchedulerConfig
-from lmserve.outputs import FinishReason, RequestOutput
+from lmserve.engine.scheduler import MAX_PROMPT_LOGPROBS, SchedulerConfig
+from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
 from lmserve.runtime.interface import RunnerInfo
 from lmserve.sampling_params import SamplingParams
-from tests.engine.fake_runner import EOS, FakeRunner, digest, next_token
+from tests.engine.fake_runner import EOS, FakeRunner, digest, next_token, prompt_logprob
 
 
 def make_request(
@@ -36,13 +36,16 @@ def make_request(
     )
 
 
-def make_config(info: RunnerInfo, *, prefix_caching: bool = True) -> SchedulerConfig:
+def make_config(
+    info: RunnerInfo, *, prefix_caching: bool = True, max_num_prompt_logprobs: int = MAX_PROMPT_LOGPROBS
+) -> SchedulerConfig:
     """The limits that the runner names."""
     return SchedulerConfig(
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
         prefix_caching=prefix_caching,
+        max_num_prompt_logprobs=max_num_prompt_logprobs,
     )
 
 
@@ -56,6 +59,7 @@ class Results:
 
     def __init__(self) -> None:
         self.token_ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        self.prompt_logprobs: defaultdict[tuple[str, int], list[TokenLogprobs]] = defaultdict(list)
         self.ends: dict[tuple[str, int], RequestOutput] = {}
 
     def take(self, outputs: Sequence[RequestOutput]) -> None:
@@ -63,6 +67,7 @@ class Results:
             key = (output.request_id, output.choice)
             assert key not in self.ends, f"news of {key} after its end"
             self.token_ids[key] += output.token_ids
+            self.prompt_logprobs[key] += output.prompt_logprobs
             if output.finish_reason is not None:
                 self.ends[key] = output
 
@@ -76,6 +81,18 @@ def run_to_end(engine: EngineCore, *, max_steps: int = 5_000) -> Results:
         results.take(engine.step())
         engine.check_integrity()
     raise AssertionError(f"not done after {max_steps} steps")
+
+
+def expected_prompt_logprobs(message: AddRequest, choice: int) -> list[TokenLogprobs]:
+    """What a choice gets for its prompt: one entry for each token but the first, if it is the one that reports them."""
+    if message.sampling.prompt_logprobs is None or choice > 0:
+        return []
+    first, *others = message.prompt_token_ids
+    prefix, entries = digest(0, first), []
+    for token_id in others:
+        prefix = digest(prefix, token_id)
+        entries.append(prompt_logprob(prefix))
+    return entries
 
 
 def expected_output(message: AddRequest, choice: int, limit: int) -> tuple[list[int], FinishReason]:

@@ -51,6 +51,11 @@ def next_token(prefix: int, sampling: SamplingParams, choice: int, ends: frozens
     return token_id
 
 
+def prompt_logprob(prefix: int) -> TokenLogprobs:
+    """The log-probability of a prompt's token: arbitrary, another one for each prefix that the token ends."""
+    return TokenLogprobs(-float(prefix % 1_000_003), ())
+
+
 def make_info(
     *,
     num_blocks: int = 64,
@@ -150,15 +155,17 @@ class FakeRunner:
             raise error
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
+        prompt_logprobs: list[TokenLogprobs] = []
         for chunk in step.chunks:
+            sequence = self._sequences[chunk.slot]
+            prompt_logprobs += [prompt_logprob(sequence.digests[p + 2]) for p in chunk.prompt_logprobs]
             if chunk.samples:
-                sequence = self._sequences[chunk.slot]
                 token_ids.append(sequence.sample())
                 sequence.append(token_ids[-1])
                 wanted = sequence.new.sampling.logprobs is not None
                 logprobs.append(TokenLogprobs(-float(token_ids[-1]), ()) if wanted else None)
         self.steps.append(step)
-        return StepOutput(token_ids, logprobs)
+        return StepOutput(token_ids, logprobs, prompt_logprobs)
 
     def _lose(self, step: StepInput) -> None:
         """After a failure nothing is known of the step's sequences, unless the engine tells it anew."""
@@ -198,6 +205,11 @@ class FakeRunner:
         num_known, end = len(sequence.token_ids), chunk.start + chunk.num_tokens
         _check(chunk.num_tokens > 0 and end <= num_known, "tokens that are not there")
         _check(chunk.samples == (end == num_known and sequence.new.sampling.max_tokens > 0), "samples is wrong")
+        for position in chunk.prompt_logprobs:
+            _check(chunk.start <= position < end, "a prompt log-probability of a token that is not computed")
+            _check(position + 1 < sequence.new.num_prompt_tokens, "a prompt log-probability beyond the prompt")
+        asked = sequence.new.sampling.prompt_logprobs is not None and sequence.new.choice == 0
+        _check(asked or not chunk.prompt_logprobs, "prompt log-probabilities that nobody asked for")
         found = [self._content[self._where(chunk, position)] for position in range(chunk.start)]
         _check(found == sequence.digests[1 : chunk.start + 1], f"slot {chunk.slot} reads what is not its own")
 

@@ -5,6 +5,7 @@ import pytest
 from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.request import Request
+from lmserve.sampling_params import SamplingParams
 from tests.engine.factories import make_request
 
 
@@ -54,6 +55,19 @@ def test_a_block_is_found_only_once_it_is_computed_and_full() -> None:
         assert kv.admit(other)
         assert other.num_computed_tokens == 4 * num_shared
         kv.free(other)
+
+
+@pytest.mark.parametrize(("num_reported", "num_shared"), [(0, 0), (3, 0), (4, 1), (11, 2), (12, 3)])
+def test_who_reports_prompt_logprobs_shares_no_more_than_is_reported(num_reported: int, num_shared: int) -> None:
+    kv = KVCacheManager(16, 4)
+    first = computed_request(kv, 13)
+    second = make_request(13, name="second", sampling=SamplingParams(max_tokens=1, prompt_logprobs=0))
+    second.num_prompt_logprobs = num_reported
+    assert kv.admit(second)
+    assert second.block_table[:num_shared] == first.block_table[:num_shared]
+    assert second.num_computed_tokens == 4 * num_shared
+    compute(kv, second)
+    kv.check_integrity([first, second])
 
 
 def test_output_tokens_are_found_too() -> None:

@@ -62,6 +62,7 @@ def test_to_worker_round_trip(message: ToWorker) -> None:
             [
                 RequestOutput("a", 0, (5,), (TokenLogprobs(-0.5, ((5, -0.5), (6, -1.5))),), 16, FinishReason.STOP),
                 RequestOutput("b", 1, error="lost"),
+                RequestOutput("c", 0, prompt_logprobs=(TokenLogprobs(-0.25, ()), TokenLogprobs(-1.0, ((7, -1.0),)))),
             ],
             EngineStats(num_running=2),
         ),

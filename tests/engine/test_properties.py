@@ -19,7 +19,7 @@ from lmserve.engine.scheduler import Scheduler, SchedulerOutput, max_request_tok
 from lmserve.outputs import FinishReason
 from lmserve.runtime.interface import RunnerInfo
 from lmserve.sampling_params import SamplingParams
-from tests.engine.factories import Results, expected_output, make_config, make_engine
+from tests.engine.factories import Results, expected_output, expected_prompt_logprobs, make_config, make_engine
 from tests.engine.fake_runner import EOS, VOCAB_SIZE, FakeRunner, Faults, Moment, OutOfMemoryError, make_info
 
 MAX_STEPS_PER_REQUEST = 200
@@ -43,11 +43,15 @@ class WatchedScheduler(Scheduler):
         preempted = [request for request in before if request.status is not RequestStatus.RUNNING]
         assert kept[:1] == before[:1], "the first in rank is never preempted"
         _assert_order(kept, preempted)
+        num_rows = sum(len(chunk.prompt_logprobs) for chunk in scheduled.step.chunks)
+        assert num_rows <= self._max_num_prompt_logprobs
+        no_rows_left = num_rows == self._max_num_prompt_logprobs
         started = [request for request in self._running if request not in before]
         assert not (preempted and started), "who starts is not what others had to go for"
         for request in self._waiting:
             if any(request.rank < other.rank for other in started):
-                assert self.kv.prefix_is_pending(request), "only who waits for a prefix is passed"
+                lacks_rows = no_rows_left and request.sampling.prompt_logprobs is not None
+                assert lacks_rows or self.kv.prefix_is_pending(request), "only who waits for a prefix is passed"
         if scheduled.step.num_tokens < self._max_num_batched_tokens:
             assert set(scheduled.requests) == set(self._running), "budget is left, and somebody gets nothing"
         assert scheduled.requests or not (self._running or self._waiting), "there is work, and nobody gets on"
@@ -80,6 +84,7 @@ def make_messages(rng: random.Random, count: int, info: RunnerInfo) -> list[AddR
             min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.2 else 0,
             ignore_eos=rng.random() < 0.5,
             stop_token_ids=(rng.randrange(VOCAB_SIZE),) if rng.random() < 0.2 else (),
+            prompt_logprobs=rng.choice((None, None, 0, 5)),
         )
         prompt = (stem + tail)[: limit - 1] or [0]
         messages.append(AddRequest(str(i), prompt, sampling, [EOS], rng.choice((0, 0, 0, -1, 1))))
@@ -95,7 +100,8 @@ def make_faults(rng: random.Random, count: int) -> Faults:
 def live(rng: random.Random, info: RunnerInfo, num_requests: int, faults: Faults, *, prefix_caching: bool) -> int:
     """One life, from the first request to the last answer. Returns the number of preemptions."""
     engine = make_engine(FakeRunner(info, faults), prefix_caching=prefix_caching)
-    engine.scheduler = WatchedScheduler(make_config(info, prefix_caching=prefix_caching), engine.scheduler.kv)
+    config = make_config(info, prefix_caching=prefix_caching, max_num_prompt_logprobs=rng.randint(1, 40))
+    engine.scheduler = WatchedScheduler(config, engine.scheduler.kv)
     messages = make_messages(rng, num_requests, info)
     results, cancelled, num_sent = Results(), set(), 0
     busy = rng.uniform(0.3, 0.9)
@@ -126,13 +132,16 @@ def check_results(
             key = (sent.request_id, choice)
             tokens, reason = expected_output(sent, choice, limit)
             got, end = results.token_ids[key], results.ends[key]
+            scored, all_scored = results.prompt_logprobs[key], expected_prompt_logprobs(sent, choice)
             assert (end.finish_reason is FinishReason.ABORT) == (key in cancelled)
             if end.finish_reason is FinishReason.ERROR:
                 assert may_fail
             if end.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
                 assert got == tokens[: len(got)]
+                assert scored == all_scored[: len(scored)]
             else:
                 assert (got, end.finish_reason) == (tokens, reason)
+                assert scored == all_scored
 
 
 @settings(max_examples=2_000, deadline=None)

@@ -28,3 +28,24 @@ def test_eos_ends_unless_it_is_ignored() -> None:
 def test_rank_is_priority_then_arrival() -> None:
     requests = [make_request(priority=p, arrival=a) for p, a in ((1, 0), (0, 2), (0, 1), (-1, 3))]
     assert [r.arrival for r in sorted(requests, key=lambda r: r.rank)] == [3, 1, 2, 0]
+
+
+def test_what_is_to_be_reported_has_to_be_computed() -> None:
+    request = make_request(6, sampling=SamplingParams(max_tokens=9, prompt_logprobs=0))
+    request.output_token_ids += [40, 41]
+    assert request.num_skippable_tokens == 0
+    assert list(request.unreported(0, 8)) == [0, 1, 2, 3, 4], "the prompt's last token predicts one of the output"
+    request.num_prompt_logprobs = 3
+    assert request.num_skippable_tokens == 3
+    assert list(request.unreported(2, 5)) == [3, 4]
+    request.num_prompt_logprobs = 5
+    assert request.num_skippable_tokens == 7
+    assert list(request.unreported(0, 8)) == []
+
+
+def test_only_the_first_choice_reports() -> None:
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, n=2)
+    wanted = [
+        Request(request_id="r", choice=i, prompt_token_ids=[1, 2, 3], sampling=sampling, arrival=i) for i in range(2)
+    ]
+    assert [request.num_prompt_logprobs_wanted for request in wanted] == [2, 0]

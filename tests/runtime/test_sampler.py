@@ -277,15 +277,15 @@ def test_logprobs_are_of_the_unmodified_distribution() -> None:
     sampled = sample(sampler, state, logits)
     expected = logits.double().log_softmax(-1)
     assert sampled.logprobs is not None
-    assert sampled.top_ids is not None
-    assert sampled.top_logprobs is not None
     assert sampled.token_ids[0] == 5
     for row in (0, 2):
-        assert sampled.logprobs[row].item() == pytest.approx(expected[row, sampled.token_ids[row]].item(), rel=1e-5)
+        assert sampled.logprobs.chosen[row].item() == pytest.approx(
+            expected[row, sampled.token_ids[row]].item(), rel=1e-5
+        )
         best = expected[row].topk(MAX_LOGPROBS)
-        assert torch.equal(sampled.top_ids[row], best.indices)
-        assert torch.allclose(sampled.top_logprobs[row].double(), best.values, atol=1e-5)
-    assert sampled.top_ids.shape == (3, MAX_LOGPROBS)
+        assert torch.equal(sampled.logprobs.top_ids[row], best.indices)
+        assert torch.allclose(sampled.logprobs.top[row].double(), best.values, atol=1e-5)
+    assert sampled.logprobs.top_ids.shape == (3, MAX_LOGPROBS)
 
 
 def test_equal_logprobs_are_listed_by_token_id() -> None:
@@ -293,11 +293,10 @@ def test_equal_logprobs_are_listed_by_token_id() -> None:
     logits[0, [2, 6, 4]] = 1.0
     sampler, state = make_sampler([{"temperature": 0, "logprobs": 5}], 10)
     sampled = sample(sampler, state, logits)
-    assert sampled.top_ids is not None
-    assert sampled.top_ids.tolist() == [[2, 4, 6, 0, 1, 3, 5, 7, 8, 9]]
+    assert sampled.logprobs is not None
+    assert sampled.logprobs.top_ids.tolist() == [[2, 4, 6, 0, 1, 3, 5, 7, 8, 9]]
 
 
 def test_nobody_asks_nothing_is_computed() -> None:
     sampler, state = make_sampler([{}])
-    sampled = sample(sampler, state, make_logits(1))
-    assert (sampled.logprobs, sampled.top_ids, sampled.top_logprobs) == (None, None, None)
+    assert sample(sampler, state, make_logits(1)).logprobs is None

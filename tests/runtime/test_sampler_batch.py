@@ -27,18 +27,14 @@ def test_32_different_rows_get_exactly_what_each_gets_alone() -> None:
         sampler, state = make_sampler(MIXED)
         together = sample(sampler, state, logits, positions=position)
         assert together.logprobs is not None
-        assert together.top_logprobs is not None
-        assert together.top_ids is not None
         for row in range(32):
             single = alone(row, logits, position)
             assert single.token_ids[0] == together.token_ids[row], MIXED[row]
             if "logprobs" in MIXED[row]:
                 assert single.logprobs is not None
-                assert single.top_logprobs is not None
-                assert single.top_ids is not None
-                assert single.logprobs[0] == together.logprobs[row]
-                assert torch.equal(single.top_ids[0], together.top_ids[row])
-                assert torch.equal(single.top_logprobs[0], together.top_logprobs[row])
+                assert single.logprobs.chosen[0] == together.logprobs.chosen[row]
+                assert torch.equal(single.logprobs.top_ids[0], together.logprobs.top_ids[row])
+                assert torch.equal(single.logprobs.top[0], together.logprobs.top[row])
 
 
 @pytest.mark.parametrize("seed", range(3))
