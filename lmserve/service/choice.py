@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
+from lmserve.outputs import FinishReason, RequestOutput
 from lmserve.sampling_params import SamplingParams
-from lmserve.service.deltas import Finished, PositionLogprobs, StopReason, TextDelta, TokenLogprob
+from lmserve.service.deltas import Finished, PositionLogprobs, StopReason, TextDelta
 from lmserve.service.detokenizer import IncrementalDetokenizer
 from lmserve.service.stop_strings import StopStrings
 from lmserve.service.token_table import TokenTable
@@ -16,7 +16,7 @@ class Choice:
     """Detokenizes one choice, ends it at a stop string, and keeps its whole text for the log.
 
     Log-probabilities travel with the text of their token: those of a held-back token wait, those of a stop string or
-    of the token that ended the choice are never sent.
+    of the token that ended the choice are never sent. ``text_offset``: length of the echo that the text follows.
     """
 
     def __init__(
@@ -26,6 +26,8 @@ class Choice:
         detokenizer: IncrementalDetokenizer,
         stop: tuple[str, ...],
         table: TokenTable,
+        *,
+        text_offset: int = 0,
     ) -> None:
         self.index = index
         self.token_ids: list[int] = []
@@ -35,13 +37,13 @@ class Choice:
         self._stop = StopStrings(stop)
         self._table = table
         self._waiting: deque[PositionLogprobs] = deque()
-        self._decoded_length = 0
-        self._sent_length = 0
+        self._decoded_end = text_offset
+        self._sent_end = text_offset
         self._texts: list[str] = []
 
     @property
     def text(self) -> str:
-        """Everything sent so far."""
+        """Everything sent so far, without the echo."""
         return "".join(self._texts)
 
     def push(self, output: RequestOutput, *, context_full: bool) -> list[TextDelta | Finished]:
@@ -56,7 +58,9 @@ class Choice:
                 break
             text = self._detokenizer.push(token_id)
             if output.logprobs:
-                self._waiting.append(self._position(token_id, output.logprobs[position]))
+                self._waiting.append(
+                    PositionLogprobs.of(token_id, output.logprobs[position], self._table, self._decoded_end)
+                )
             sent.append(self._decide(text))
             if self._stop.matched is not None:
                 self._finish(FinishReason.STOP, StopReason.STOP_STRING_FOUND)
@@ -71,7 +75,7 @@ class Choice:
         return self._deltas("".join(sent))
 
     def _decide(self, text: str) -> str:
-        self._decoded_length += len(text)
+        self._decoded_end += len(text)
         return text if len(self.token_ids) < self._sampling.min_tokens else self._stop.push(text)
 
     def _finish(self, reason: FinishReason, stop_reason: StopReason) -> None:
@@ -81,7 +85,7 @@ class Choice:
         logprobs = self._released(len(text)) if self._waiting else ()
         deltas: list[TextDelta | Finished] = []
         if text or logprobs:
-            self._sent_length += len(text)
+            self._sent_end += len(text)
             self._texts.append(text)
             deltas.append(TextDelta(self.index, text, logprobs))
         if self.finished is not None:
@@ -90,20 +94,12 @@ class Choice:
 
     def _released(self, length: int) -> tuple[PositionLogprobs, ...]:
         """Of the waiting tokens, those whose text begins in what is sent now; at the regular end, the rest as well."""
-        end = self._sent_length + length
+        end = self._sent_end + length
         keep_rest = self.finished is None or self._stop.matched is not None
         released = []
         while self._waiting and (self._waiting[0].text_offset < end or not keep_rest):
             released.append(self._waiting.popleft())
         return tuple(released)
-
-    def _position(self, token_id: int, logprobs: TokenLogprobs) -> PositionLogprobs:
-        piece = self._table.piece
-        return PositionLogprobs(
-            TokenLogprob(token_id, piece(token_id), logprobs.logprob),
-            tuple(TokenLogprob(top_id, piece(top_id), logprob) for top_id, logprob in logprobs.top),
-            self._decoded_length,
-        )
 
 
 def _stop_reason(reason: FinishReason, context_full: bool) -> StopReason:

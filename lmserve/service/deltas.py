@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from lmserve.outputs import FinishReason
+from lmserve.outputs import FinishReason, TokenLogprobs
+from lmserve.service.token_table import TokenTable
 
 
 class StopReason(str, Enum):
@@ -36,17 +37,37 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """The sampled token, and the likeliest ones, best first."""
+    """The sampled token (in an echo the prompt's), and the likeliest ones, best first."""
 
     sampled: TokenLogprob
     top: tuple[TokenLogprob, ...]
     text_offset: int
-    """Where the token's text begins in the choice's text, in characters."""
+    """Where the token's text begins in the choice's text, the echo included, in characters."""
+    is_unpredicted: bool = False
+    """The first token of an echo. Nothing comes before it, so it has no log-probability: ``sampled.logprob`` is 0, the
+    logarithm of certainty, and ``top`` is empty."""
+
+    @classmethod
+    def of(cls, token_id: int, logprobs: TokenLogprobs, table: TokenTable, text_offset: int) -> PositionLogprobs:
+        """The engine's log-probabilities with the bytes of their tokens."""
+        return cls(
+            TokenLogprob(token_id, table.piece(token_id), logprobs.logprob),
+            tuple(TokenLogprob(top_id, table.piece(top_id), logprob) for top_id, logprob in logprobs.top),
+            text_offset,
+        )
+
+    @classmethod
+    def unpredicted(cls, token_id: int, table: TokenTable, text_offset: int) -> PositionLogprobs:
+        """The first token of an echo."""
+        return cls(TokenLogprob(token_id, table.piece(token_id), 0.0), (), text_offset, is_unpredicted=True)
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """More text of one choice. Empty text comes only with log-probabilities."""
+    """More text of one choice. Empty text comes only with log-probabilities.
+
+    Where the prompt is echoed, it is the whole of each choice's first delta, and no other delta comes before it.
+    """
 
     choice: int
     text: str

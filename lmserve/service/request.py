@@ -11,6 +11,7 @@ from lmserve.errors import ContextLengthExceeded, InvalidRequest, PromptTooLong
 from lmserve.runtime.interface import RunnerInfo
 from lmserve.sampling_params import SamplingParams
 from lmserve.service.chat_template import Prompt
+from lmserve.service.echo import Echo, echo_prompt
 from lmserve.service.model_text import ModelText, SamplingDefaults
 from lmserve.service.protocols import Engine, ModelEntry
 
@@ -41,6 +42,8 @@ class GenerationOptions:
     ignore_eos: bool | None = None
     n: int | None = None
     logprobs: int | None = None
+    echo: bool = False
+    """The answer begins with the prompt; ``logprobs`` are then also of its tokens, and ``max_tokens`` may be 0."""
     priority: int | None = None
 
 
@@ -65,6 +68,13 @@ class GenerationRequest:
     stop: tuple[str, ...]
     priority: int
     begins_text: bool
+    echoes: tuple[Echo, ...] = ()
+    """One for each prompt; none unless asked for."""
+
+    @property
+    def echo(self) -> bool:
+        """Whether each choice begins with its prompt."""
+        return bool(self.echoes)
 
     @property
     def context_length(self) -> int:
@@ -165,6 +175,7 @@ def make_request(
         stop=options.stop,
         priority=options.priority or 0,
         begins_text=begins_text,
+        echoes=tuple(echo_prompt(prompt, model.text) for prompt in prompts) if options.echo else (),
     )
 
 
@@ -191,6 +202,7 @@ def resolve_sampling(
         seed=seed - 2**64 if seed >= 2**63 else seed,
         logit_bias=tuple(options.logit_bias.items()),
         stop_token_ids=options.stop_token_ids,
+        prompt_logprobs=options.logprobs if options.echo else None,
         **{name: value for name, value in values.items() if value is not None},
     )
 
@@ -246,8 +258,9 @@ def _max_tokens(options: GenerationOptions, used: int, limit: int, default: int 
         if used >= limit:
             raise ContextLengthExceeded(limit=limit, num_prompt_tokens=used, max_tokens=1, param=prompt_param)
         return limit - used
-    if asked < 1:
-        raise InvalidRequest(f"max_tokens must be at least 1, or -1 for no limit, got {asked}.", "max_tokens")
+    least = 0 if options.echo else 1  # without an echo 0 would ask for nothing
+    if asked < least:
+        raise InvalidRequest(f"max_tokens must be at least {least}, or -1 for no limit, got {asked}.", "max_tokens")
     if used + asked > limit:
         if options.max_tokens is None and used < limit:
             return limit - used

@@ -39,6 +39,8 @@ def runner_info(*, vocab_size: int = 49152, max_model_len: int = 512, num_blocks
 class StubEngine:
     """Gives each choice one scripted token a step, up to its end of sequence, stop token, ``max_tokens`` or cancel.
 
+    Where the log-probabilities of the prompt are asked for, choice 0 reports ``prompt_tokens_per_step`` of them a step
+    before its first token, while the other choices go on.
     ``requests`` are those that came, ``closed`` the ids of those whose generator ended early, ``cancelled`` what
     ``cancel`` was called with. ``error`` is raised, or told of as an output where it is a string, after ``error_after``
     steps. ``pause`` is between two steps, in seconds; while it is ``held`` it makes none.
@@ -52,6 +54,7 @@ class StubEngine:
         self.error: LMServeError | str | None = None
         self.error_after = 0
         self.num_cached_tokens = 0
+        self.prompt_tokens_per_step = 4
         self.requests: list[AddRequest] = []
         self.closed: list[str] = []
         self.cancelled: list[tuple[str, int | None]] = []
@@ -60,6 +63,7 @@ class StubEngine:
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         self.requests.append(request)
         scripts = {choice: list(self.script(request, choice)) for choice in range(request.sampling.n)}
+        num_delays = max(0, len(self._prompt_pieces(request)) - 1)
         step = 0
         try:
             while scripts:
@@ -71,7 +75,7 @@ class StubEngine:
                     await asyncio.sleep(self.pause)
                 self.num_steps += 1
                 for choice in list(scripts):
-                    output = self._output(request, choice, scripts[choice], step)
+                    output = self._output(request, choice, scripts[choice], step - (num_delays if choice == 0 else 0))
                     if output.finish_reason is not None:
                         del scripts[choice]
                     yield output
@@ -92,6 +96,14 @@ class StubEngine:
         sampling = request.sampling
         if (request.request_id, choice) in self.cancelled:
             return RequestOutput(request.request_id, choice, finish_reason=FinishReason.ABORT)
+        pieces = self._prompt_pieces(request) if choice == 0 else []
+        if step < 0:
+            return RequestOutput(request.request_id, choice, prompt_logprobs=pieces[step - 1])
+        prompt_logprobs = pieces[-1] if pieces and step == 0 else ()
+        if sampling.max_tokens == 0:
+            return RequestOutput(
+                request.request_id, choice, finish_reason=FinishReason.LENGTH, prompt_logprobs=prompt_logprobs
+            )
         token_id = script[step]
         stops = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else request.eos_token_ids)}
         reason = None
@@ -103,7 +115,25 @@ class StubEngine:
         if sampling.logprobs is not None:
             top = tuple((token_id + i, -0.5 - i) for i in range(sampling.logprobs))
             logprobs = (TokenLogprobs(-0.5, top),)
-        return RequestOutput(request.request_id, choice, (token_id,), logprobs, self.num_cached_tokens, reason)
+        cached = self.num_cached_tokens
+        return RequestOutput(
+            request.request_id, choice, (token_id,), logprobs, cached, reason, prompt_logprobs=prompt_logprobs
+        )
+
+    def _prompt_pieces(self, request: AddRequest) -> list[tuple[TokenLogprobs, ...]]:
+        """What choice 0 reports of the prompt, step by step; the last comes with its first token.
+
+        A token's log-probability is minus its position, and the likeliest are those that follow it by id.
+        """
+        count, token_ids = request.sampling.prompt_logprobs, request.prompt_token_ids
+        if count is None:
+            return []
+        entries = [
+            TokenLogprobs(-float(i), tuple((token_ids[i] + j, -float(i) - j) for j in range(count)))
+            for i in range(1, len(token_ids))
+        ]
+        size = self.prompt_tokens_per_step
+        return [tuple(entries[start : start + size]) for start in range(0, len(entries), size)]
 
 
 @dataclass

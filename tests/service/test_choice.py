@@ -91,6 +91,15 @@ def test_logprobs_of_a_stop_string_and_of_the_end_are_not_sent() -> None:
     assert logprob_tokens(ended) == ["a", "b"]
 
 
+def test_offsets_count_from_the_end_of_the_echo() -> None:
+    sampling = SamplingParams(max_tokens=100)
+    current = Choice(0, sampling, TEXT.detokenizer(begins_text=False), ("xyz",), TEXT.table, text_offset=10)
+    [delta] = push(current, TEXT.encode_rendered("a\u00e9bx"), logprobs=True)
+    assert isinstance(delta, TextDelta)
+    assert [position.text_offset for position in delta.logprobs] == [10, 11, 11, 12]
+    assert current.text == "a\u00e9b"
+
+
 def test_logprobs_of_half_characters_come_with_the_character() -> None:
     current = choice()
     first, second = TEXT.encode_rendered("\u00e9")

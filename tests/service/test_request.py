@@ -79,6 +79,8 @@ def test_the_context_is_the_models_or_the_caches(max_model_len: int, num_blocks:
     [
         (GenerationOptions(max_tokens=0), "max_tokens"),
         (GenerationOptions(max_tokens=-2), "max_tokens"),
+        (GenerationOptions(max_tokens=-2, echo=True), "max_tokens"),
+        (GenerationOptions(max_tokens=0, echo=True, min_tokens=1), "min_tokens"),
         (GenerationOptions(temperature=2.1), "temperature"),
         (GenerationOptions(logit_bias={300: 1.0}), "logit_bias"),
         (GenerationOptions(stop_token_ids=(-1,)), "stop_token_ids"),
@@ -91,6 +93,23 @@ def test_out_of_range(options: GenerationOptions, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         make(options)
     assert caught.value.param == param
+
+
+def test_an_echo_alone_may_fill_the_context() -> None:
+    [sampling] = make(GenerationOptions(max_tokens=0, echo=True), prompt=[1] * 64, max_model_len=64).sampling
+    assert sampling.max_tokens == 0
+    for asked, prompt in ((0, [1] * 65), (1, [1] * 64), (-1, [1] * 64)):
+        with pytest.raises(ContextLengthExceeded):
+            make(GenerationOptions(max_tokens=asked, echo=True), prompt=prompt, max_model_len=64)
+
+
+@pytest.mark.parametrize(
+    ("echo", "logprobs", "prompt_logprobs"), [(False, 3, None), (True, None, None), (True, 0, 0), (True, 3, 3)]
+)
+def test_an_echo_has_the_log_probabilities_too(echo: bool, logprobs: int | None, prompt_logprobs: int | None) -> None:
+    request = make(GenerationOptions(echo=echo, logprobs=logprobs))
+    assert (request.sampling[0].logprobs, request.sampling[0].prompt_logprobs) == (logprobs, prompt_logprobs)
+    assert request.echo == echo
 
 
 @pytest.mark.parametrize("prompt", [[], [300], [-1]])
