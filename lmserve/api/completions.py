@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -16,7 +17,7 @@ from lmserve.service.request import GenerationRequest
 
 
 async def _prepare(service: GenerationService, request_id: str, body: CompletionRequest) -> GenerationRequest:
-    options = body.options(body.num_logprobs())
+    options = replace(body.options(body.num_logprobs()), echo=bool(body.echo))
     return await service.prepare_completion(request_id, body.model, body.prompts(), options)
 
 
@@ -50,9 +51,9 @@ COMPLETION = Dialect(CompletionRequest, "cmpl", _prepare, CompletionRenderer)
 def _logprobs(positions: Sequence[PositionLogprobs]) -> CompletionLogprobs:
     return CompletionLogprobs(
         text_offset=[position.text_offset for position in positions],
-        token_logprobs=[clamp_logprob(position.sampled.logprob) for position in positions],
+        token_logprobs=[None if p.is_unpredicted else clamp_logprob(p.sampled.logprob) for p in positions],
         tokens=[_name(position.sampled) for position in positions],
-        top_logprobs=[_top(position) for position in positions],
+        top_logprobs=[None if position.is_unpredicted else _top(position) for position in positions],
     )
 
 

@@ -118,3 +118,58 @@ def test_best_of(server: RunningServer) -> None:
     assert server.complete(best_of=2, n=2).status_code == 200
     refused = server.complete(best_of=2)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "best_of")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["Once upon a", made.smollm2().encode("Once upon a")])
+def test_an_echo(server: RunningServer, prompt: Any, stream: bool) -> None:
+    if stream:
+        chunks = server.client.completions.create(model="stub", prompt=prompt, echo=True, stream=True, n=2)
+        texts = ["", ""]
+        for chunk in chunks:
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+    else:
+        answer = server.client.completions.create(model="stub", prompt=prompt, echo=True, n=2)
+        texts = [choice.text for choice in answer.choices]
+        assert answer.usage is not None
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 8)
+    assert texts == ["Once upon aHello there!"] * 2
+
+
+def test_an_echo_alone_scores_the_prompt(server: RunningServer) -> None:
+    """What an evaluation harness asks for."""
+    body = {"prompt": ["Once upon a", "time"], "echo": True, "max_tokens": 0, "logprobs": 2, "n": 2}
+    answer = server.complete(**body).json()
+    assert answer["usage"]["completion_tokens"] == 0
+    assert [choice["text"] for choice in answer["choices"]] == ["Once upon a"] * 2 + ["time"] * 2
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    first, second, *_ = [choice["logprobs"] for choice in answer["choices"]]
+    assert first == second
+    assert first["tokens"] == ["Once", " upon", " a"]
+    assert first["token_logprobs"] == [None, -1.0, -2.0]
+    assert first["text_offset"] == [0, 4, 9]
+    assert first["top_logprobs"][0] is None
+    assert first["top_logprobs"][1][" upon"] == -1.0
+    assert len(first["top_logprobs"][1]) == 2
+
+
+def test_an_echo_and_its_continuation_have_one_list_of_logprobs(server: RunningServer) -> None:
+    logprobs = server.complete(prompt="Once upon a", echo=True, logprobs=0).json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["Once", " upon", " a", "Hello", " there", "!"]
+    assert logprobs["text_offset"] == [0, 4, 9, 11, 16, 22]
+    assert logprobs["token_logprobs"] == [None, -1.0, -2.0, -0.5, -0.5, -0.5]
+    assert all(len(lists) == 6 for lists in logprobs.values())
+
+
+def test_no_tokens_without_an_echo(server: RunningServer) -> None:
+    for echo in (None, False):
+        error = server.complete(max_tokens=0, echo=echo).json()["error"]
+        assert error["param"] == "max_tokens"
+        assert "at least 1" in error["message"]
+
+
+def test_an_echo_counts_against_the_context(server: RunningServer) -> None:
+    assert server.complete(prompt=[5] * 512, echo=True, max_tokens=0).status_code == 200
+    error = server.complete(prompt=[5] * 513, echo=True, max_tokens=0).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "513 in the prompt" in error["message"]

@@ -40,7 +40,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
         ),
     ] = None
     best_of: Annotated[Int, honoured("only as many as n", default="n", allowed="n")] = None
-    echo: Annotated[Any, refused("boolean", "echo is not offered yet", False)] = None
+    echo: Annotated[bool | None, honoured("begin each choice with the prompt", default="false")] = None
     suffix: Annotated[Any, refused("string", "fill-in-the-middle is not offered yet", "")] = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -81,9 +81,10 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     """OpenAI's older shape: parallel lists."""
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
+    """null only for the first token of an echo, which nothing predicts."""
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
