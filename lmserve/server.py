@@ -13,6 +13,7 @@ import sys
 from collections.abc import Generator
 
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 
 from lmserve import __version__
@@ -36,7 +37,7 @@ def run(config: Config) -> int:
     """
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s: %(message)s", stream=sys.stderr)
     with _listen(config) as sock:
-        return asyncio.run(_serve(config, sock))
+        return uvloop.run(_serve(config, sock))
 
 
 async def _serve(config: Config, sock: socket.socket) -> int:
