@@ -53,8 +53,9 @@ class ContextLengthExceeded(RequestError):
     def __init__(self, *, limit: int, num_prompt_tokens: int, max_tokens: int, param: str = "messages") -> None:
         asked = f"{num_prompt_tokens} in the prompt and {max_tokens} for the output"
         super().__init__(
-            f"The maximum context length is {limit} tokens, but {num_prompt_tokens + max_tokens} were asked for "
-            f"({asked}). Shorten the prompt or lower max_tokens.",
+            # The first words are OpenAI's: clients (litellm is one) know the error by them.
+            f"This model's maximum context length is {limit} tokens. However, {num_prompt_tokens + max_tokens} were "
+            f"asked for ({asked}). Shorten the prompt or lower max_tokens.",
             param,
         )
         self.limit = limit

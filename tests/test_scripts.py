@@ -15,6 +15,7 @@ from tests.pyproject import PYPROJECT
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 
+LOCK = "tests/e2e/node/package-lock.json"
 RECORDING_PYTHON = r"""#!/bin/sh
 [ "$1" = -c ] || echo "$@" >>"$RECORD"
 case "$*" in
@@ -22,7 +23,8 @@ case "$*" in
     mkdir -p .venv/bin
     cp "$0" .venv/bin/python
     printf '#!/bin/sh\necho "lmserve $@"\n' >.venv/bin/lmserve
-    chmod +x .venv/bin/lmserve ;;
+    printf '#!/bin/sh\necho "npm $@" >>"$RECORD"\n' >.venv/bin/npm
+    chmod +x .venv/bin/lmserve .venv/bin/npm ;;
 "-c "*) [ -z "$IS_OLD" ] ;;
 *pip*) [ -z "$PIP_FAILS" ] ;;
 esac
@@ -36,7 +38,8 @@ class Checkout:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         shutil.copytree(ROOT / "scripts", folder / "scripts")
-        for name in ("pyproject.toml", "constraints.txt"):
+        (folder / LOCK).parent.mkdir(parents=True)
+        for name in ("pyproject.toml", "constraints.txt", LOCK):
             shutil.copy(ROOT / name, folder / name)
         self._python = folder / "python3"
         self._python.write_text(RECORDING_PYTHON)
@@ -81,7 +84,7 @@ def test_the_second_start_asks_for_nothing(checkout: Checkout) -> None:
     assert (asked, done.stdout, done.stderr) == ([], "lmserve serve --help\n", "")
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", LOCK])
 def test_changed_dependencies_are_installed(checkout: Checkout, name: str) -> None:
     checkout.run("setup.sh")
     with (checkout.folder / name).open("a") as file:
@@ -91,7 +94,9 @@ def test_changed_dependencies_are_installed(checkout: Checkout, name: str) -> No
 
 
 def test_a_developers_environment_serves_too_but_not_the_other_way(checkout: Checkout) -> None:
-    assert "-m pip install -c constraints.txt -e .[dev]" in checkout.run("setup.sh", "dev")[1]
+    *_, install, _, client = checkout.run("setup.sh", "dev")[1]
+    assert install == "-m pip install -c constraints.txt -e .[dev]"
+    assert client == "npm ci --prefix tests/e2e/node --no-audit --no-fund"
     assert checkout.run("setup.sh")[1] == []
     shutil.rmtree(checkout.folder / ".venv")
     checkout.run("setup.sh")
@@ -152,10 +157,11 @@ def test_every_dependency_is_pinned_once() -> None:
     ]
     names = [pin[1] for pin in pins if pin]
     assert len(names) == len(pins) == len(set(names))
-    wanted = [*PYPROJECT["project"]["dependencies"], *PYPROJECT["project"]["optional-dependencies"]["dev"]]
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    wanted = [*PYPROJECT["project"]["dependencies"], *extras["dev"], *extras["conformance"]]
     wanted += [starter.distribution for starter in STARTERS.values()]
     bare = {re.split(r"[<>=\[; ]", line)[0].lower() for line in wanted}
-    assert bare - set(names) <= {"tomli"}  # for Python 3.10 only
+    assert bare - set(names) <= {"tomli", "lmserve"}  # tomli is for Python 3.10 only
 
 
 def test_the_wheel_has_the_configuration_files(tmp_path: Path) -> None:
@@ -172,3 +178,7 @@ def test_the_wheel_has_the_configuration_files(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program]
     where = subprocess.run(command, cwd=shipped.parent.parent, check=True, capture_output=True, text=True)
     assert where.stdout.strip() == str(shipped)
+
+
+def test_the_node_clients_lock_names_no_registry() -> None:
+    assert "://" not in (ROOT / LOCK).read_text(encoding="utf-8")

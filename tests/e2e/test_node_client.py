@@ -1,0 +1,57 @@
+"""The official Node client, which scripts/setup.sh installs from tests/e2e/node/package-lock.json."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.serving import Server
+
+SCRIPT = Path(__file__).parent / "node/client.mjs"
+ANSWER = "The capital of France is Paris."
+
+
+@pytest.fixture(scope="module")
+def seen(starter_server: Server) -> Any:
+    node = Path(sys.executable).parent / "node"
+    command = [str(node), str(SCRIPT), f"{starter_server.url}/v1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_chat(seen: Any) -> None:
+    choice = seen["chat"]["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (ANSWER, "stop")
+    assert seen["chat"]["usage"]["completion_tokens"] == 8
+
+
+def test_a_stream(seen: Any) -> None:
+    stream = seen["stream"]
+    assert (stream["text"], stream["roles"], stream["finish"]) == (ANSWER, ["assistant"], "stop")
+    assert stream["usage"]["total_tokens"] == seen["chat"]["usage"]["total_tokens"]
+    assert seen["folded"] == ANSWER
+
+
+def test_a_completion_and_models(seen: Any) -> None:
+    assert seen["completion"]["object"] == "text_completion"
+    assert seen["completion"]["usage"]["completion_tokens"] == 4
+    assert seen["models"] == ["smollm2-135m-instruct"]
+    assert seen["model"] == "model"
+
+
+def test_errors(seen: Any) -> None:
+    invalid = {"kind": "BadRequestError", "status": 400, "type": "invalid_request_error"}
+    assert seen["overflow"] == {**invalid, "code": "context_length_exceeded", "param": "messages"}
+    assert seen["range"] == {**invalid, "code": None, "param": "temperature"}
+    assert seen["embeddings"] == {**invalid, "code": None, "param": "model"}
+    assert (seen["missing"]["kind"], seen["missing"]["code"]) == ("NotFoundError", "model_not_found")
+
+
+def test_a_stream_that_is_left(seen: Any) -> None:
+    assert seen["pieces"] == 3
