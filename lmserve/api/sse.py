@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -58,6 +58,9 @@ class EventStream:
     first event, so that an error before it has its own status; when nothing comes for ``keep_alive`` seconds they are
     sent all the same, and a comment line then and again shows proxies and clients that we are alive. An error after the
     headers is an event, and the end.
+
+    A client that reads slowly keeps ``send`` waiting; no event is fetched meanwhile, and that it is gone is noticed all
+    the same.
     """
 
     def __init__(
@@ -71,22 +74,27 @@ class EventStream:
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        clock = asyncio.get_running_loop().time
-        self._last_sent = clock()
+        self._last_sent = asyncio.get_running_loop().time()
         writer = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(wait_for_disconnect(receive))
+        alive = asyncio.ensure_future(self._keep_saying(send))
         try:
-            while not (writer.done() or gone.done()):
-                silence = clock() - self._last_sent
-                if silence >= self._keep_alive and not self._sending:
-                    await self._emit(send, KEEP_ALIVE)
-                    silence = 0.0
-                patience = self._keep_alive - silence if silence < self._keep_alive else self._keep_alive
-                await asyncio.wait({writer, gone}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            if writer.done():
-                writer.result()
+            await asyncio.wait({writer, gone, alive}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (writer, alive):
+                if task.done():
+                    task.result()
         finally:
-            await _cancel(writer, gone)
+            await _cancel(writer, gone, alive)
+
+    async def _keep_saying(self, send: Send) -> NoReturn:
+        """Comments in long silences. While a send is stuck the client gets what it does not read anyway."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            silence = clock() - self._last_sent
+            if silence >= self._keep_alive and not self._sending:
+                await self._emit(send, KEEP_ALIVE)
+                silence = 0.0
+            await asyncio.sleep(self._keep_alive - silence if silence < self._keep_alive else self._keep_alive)
 
     async def _write(self, send: Send) -> None:
         try:

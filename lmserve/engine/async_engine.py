@@ -12,6 +12,8 @@ from lmserve.engine.messages import (
     EngineStats,
     FromWorker,
     MessageTooLong,
+    Pause,
+    Resume,
     Shutdown,
     StepOutputs,
     ToWorker,
@@ -22,6 +24,39 @@ from lmserve.engine.messages import (
 from lmserve.errors import InvalidRequest, QueueFull, WorkerDied
 from lmserve.outputs import RequestOutput
 from lmserve.runtime.interface import RunnerInfo
+
+MAX_UNREAD_TOKENS = 1024
+"""Of one request, all choices together. With more than so many unread it is paused; it goes on at a quarter of them."""
+
+
+class _Mailbox:
+    """One live request's outputs that its reader has not taken yet.
+
+    What it can hold is bounded: the reader's slowness pauses the request in the worker, and until the worker hears of
+    it only the steps in between can be added.
+    """
+
+    def __init__(self) -> None:
+        self.num_unread_tokens = 0
+        self.is_paused = False
+        self._outputs: asyncio.Queue[RequestOutput | WorkerDied] = asyncio.Queue()
+
+    def put(self, output: RequestOutput | WorkerDied) -> None:
+        self._outputs.put_nowait(output)
+        if isinstance(output, RequestOutput):
+            self.num_unread_tokens += _num_tokens(output)
+
+    async def take(self) -> RequestOutput:
+        """The next output. Raises ``WorkerDied`` in its turn."""
+        output = await self._outputs.get()
+        if isinstance(output, WorkerDied):
+            raise output
+        self.num_unread_tokens -= _num_tokens(output)
+        return output
+
+
+def _num_tokens(output: RequestOutput) -> int:
+    return len(output.token_ids) + len(output.prompt_logprobs)
 
 
 async def read_message(reader: asyncio.StreamReader) -> FromWorker:
@@ -38,7 +73,8 @@ async def read_message(reader: asyncio.StreamReader) -> FromWorker:
 class AsyncEngine:
     """A ready worker's requests. Owns which are alive and where their outputs go.
 
-    Everything runs on one event loop; there is no lock. When the worker dies every live request gets ``WorkerDied``
+    Everything runs on one event loop; there is no lock. A request whose reader is slow is paused in the worker: it
+    costs neither memory here nor anybody else's time there. When the worker dies every live request gets ``WorkerDied``
     once, and the engine takes no more: a new worker gets a new engine.
     """
 
@@ -57,7 +93,7 @@ class AsyncEngine:
         self._writer = writer
         self._max_waiting = max_waiting
         self._name = name
-        self._live: dict[str, asyncio.Queue[RequestOutput | WorkerDied]] = {}
+        self._live: dict[str, _Mailbox] = {}
         self._num_live_sequences = 0
         self._dead = False
         self._idle = asyncio.Event()
@@ -76,9 +112,9 @@ class AsyncEngine:
                 assert isinstance(message, StepOutputs), type(message).__name__
                 self.stats = message.stats
                 for output in message.outputs:
-                    queue = self._live.get(output.request_id)
-                    if queue is not None:
-                        queue.put_nowait(output)
+                    mailbox = self._live.get(output.request_id)
+                    if mailbox is not None:
+                        self._deliver(mailbox, output)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -93,13 +129,15 @@ class AsyncEngine:
             QueueFull: too many wait already.
             WorkerDied: the worker is gone, before or while the request ran.
         """
-        queue = self._admit(request)
+        mailbox = self._admit(request)
         unfinished = request.sampling.n
         try:
             while unfinished:
-                output = await queue.get()
-                if isinstance(output, WorkerDied):
-                    raise output
+                output = await mailbox.take()
+                if mailbox.is_paused and mailbox.num_unread_tokens <= MAX_UNREAD_TOKENS // 4:
+                    mailbox.is_paused = False
+                    if not self._dead:
+                        self._send(Resume(request.request_id))
                 unfinished -= output.finish_reason is not None
                 yield output
         finally:
@@ -121,7 +159,13 @@ class AsyncEngine:
         if not self._dead:
             self._send(Shutdown())
 
-    def _admit(self, request: AddRequest) -> asyncio.Queue[RequestOutput | WorkerDied]:
+    def _deliver(self, mailbox: _Mailbox, output: RequestOutput) -> None:
+        mailbox.put(output)
+        if mailbox.num_unread_tokens > MAX_UNREAD_TOKENS and not mailbox.is_paused:
+            mailbox.is_paused = True
+            self._send(Pause(output.request_id))
+
+    def _admit(self, request: AddRequest) -> _Mailbox:
         if self._dead:
             raise WorkerDied(f"The worker of model {self._name} has ended; it is being started again.")
         waiting = self._num_live_sequences - self.info.max_num_seqs
@@ -134,10 +178,10 @@ class AsyncEngine:
             self._send(request)
         except MessageTooLong as error:
             raise InvalidRequest(f"The request is too large for the engine: {error}.") from error
-        queue = self._live[request.request_id] = asyncio.Queue()
+        mailbox = self._live[request.request_id] = _Mailbox()
         self._num_live_sequences += request.sampling.n
         self._idle.clear()
-        return queue
+        return mailbox
 
     def _release(self, request: AddRequest) -> None:
         del self._live[request.request_id]
@@ -151,5 +195,5 @@ class AsyncEngine:
     def _die(self) -> None:
         self._dead = True
         self._writer.close()
-        for queue in self._live.values():
-            queue.put_nowait(WorkerDied(f"The worker of model {self._name} ended while the request ran."))
+        for mailbox in self._live.values():
+            mailbox.put(WorkerDied(f"The worker of model {self._name} ended while the request ran."))

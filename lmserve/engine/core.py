@@ -6,7 +6,7 @@ import logging
 
 from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
-from lmserve.engine.messages import AddRequest, Cancel, EngineStats
+from lmserve.engine.messages import AddRequest, Cancel, EngineStats, Pause, Resume
 from lmserve.engine.request import Request
 from lmserve.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput, max_request_tokens
 from lmserve.outputs import FinishReason, RequestOutput
@@ -41,7 +41,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to do."""
-        return bool(self._live)
+        return self.scheduler.num_running + self.scheduler.num_waiting > 0
 
     @property
     def stats(self) -> EngineStats:
@@ -49,6 +49,7 @@ class EngineCore:
         return EngineStats(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
+            num_paused=self.scheduler.num_paused,
             num_free_blocks=self.scheduler.kv.num_free_blocks,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
@@ -88,6 +89,16 @@ class EngineCore:
         self._take_note(outputs)
         return outputs
 
+    def pause(self, message: Pause) -> None:
+        """Computes nothing more for a request until it is resumed; others get its blocks."""
+        for request in self._live.get(message.request_id, {}).values():
+            self.scheduler.pause(request)
+
+    def resume(self, message: Resume) -> None:
+        """Goes on with a paused request."""
+        for request in self._live.get(message.request_id, {}).values():
+            self.scheduler.resume(request)
+
     def step(self) -> list[RequestOutput]:
         """Schedules and runs one step; the news of its requests. A failed step costs each of them one error.
 
@@ -111,7 +122,7 @@ class EngineCore:
         """Raises ``IntegrityError`` if a block, a slot or a request was lost. Looks at every block: for idle times."""
         self.scheduler.check_integrity()
         num_live = sum(map(len, self._live.values()))
-        num_known = self.scheduler.num_running + self.scheduler.num_waiting
+        num_known = self.scheduler.num_running + self.scheduler.num_waiting + self.scheduler.num_paused
         if num_live != num_known:
             raise IntegrityError(f"{num_live} requests are alive, and the scheduler knows {num_known}")
 

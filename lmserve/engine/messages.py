@@ -73,6 +73,18 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
     choice: int | None = None
 
 
+class Pause(msgspec.Struct, tag=True, frozen=True):
+    """API process: its reader is slow; compute nothing more for this request until ``Resume``."""
+
+    request_id: str
+
+
+class Resume(msgspec.Struct, tag=True, frozen=True):
+    """API process: go on with a paused request."""
+
+    request_id: str
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """API process: end now."""
 
@@ -83,6 +95,8 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_paused: int = 0
+    """Sequences whose readers are slow; they neither run nor wait."""
     num_free_blocks: int = 0
     """Blocks that a request can have at once, cached ones included."""
     num_steps: int = 0
@@ -102,7 +116,7 @@ class StepOutputs(msgspec.Struct, tag=True, frozen=True):
     stats: EngineStats
 
 
-ToWorker = Load | AddRequest | Cancel | Shutdown
+ToWorker = Load | AddRequest | Cancel | Pause | Resume | Shutdown
 FromWorker = Hello | LoadProgress | Ready | LoadFailed | StepOutputs
 
 _encoder = msgspec.msgpack.Encoder()

@@ -16,6 +16,8 @@ An admitted request has blocks for all its known tokens, so only decoding can ru
 that is last in rank loses its blocks and goes back to its old place in the queue; its tokens are computed again later
 (preemption by recompute, as in vLLM). The first in rank is never the victim of another, so somebody always gets on.
 
+A request whose reader is slow is paused: it waits, holds nothing, and is passed by until it is resumed.
+
 The vocabulary is that of vLLM's scheduler; chunked prefill is due to Sarathi-Serve (arXiv:2403.02310).
 """
 
@@ -85,6 +87,7 @@ class Scheduler:
         self.kv = kv
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.num_paused = 0
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_num_prompt_logprobs = config.max_num_prompt_logprobs
@@ -95,7 +98,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) - self.num_paused
 
     @property
     def num_running(self) -> int:
@@ -142,6 +145,24 @@ class Scheduler:
             if news is not None:
                 outputs.append(news)
         return outputs
+
+    def pause(self, request: Request) -> None:
+        """Puts a request off until it is resumed. Others get its blocks and its slot; its place in the queue stays.
+
+        What it had computed is found in the prefix cache again, or computed again.
+        """
+        if request.is_paused:
+            return
+        if request.status is RequestStatus.RUNNING:
+            self._put_back(request)
+        request.is_paused = True
+        self.num_paused += 1
+
+    def resume(self, request: Request) -> None:
+        """Lets a paused request be served again."""
+        if request.is_paused:
+            request.is_paused = False
+            self.num_paused -= 1
 
     def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput:
         """Ends a request wherever it is, takes its blocks and slot back, and makes its last output."""
@@ -198,7 +219,7 @@ class Scheduler:
         for request in list(self._waiting):
             if not self._free_slots:
                 return
-            if self.kv.prefix_is_pending(request):
+            if request.is_paused or self.kv.prefix_is_pending(request):
                 continue
             if request.sampling.prompt_logprobs is not None and budget.num_prompt_logprobs == 0:
                 continue  # all its choices: the others would compute the prompt that the first is to compute
@@ -237,12 +258,16 @@ class Scheduler:
             self._stop_running(request)
         else:
             self._waiting.remove(request)
+            self.resume(request)
         request.status = RequestStatus.FINISHED
 
     def _preempt(self, request: Request) -> None:
+        self._put_back(request)
+        self.num_preemptions += 1
+
+    def _put_back(self, request: Request) -> None:
         self._stop_running(request)
         request.status = RequestStatus.WAITING
-        self.num_preemptions += 1
         self.add(request)
 
     def _stop_running(self, request: Request) -> None:

@@ -10,17 +10,20 @@ T = TypeVar("T")
 
 
 async def merge(generators: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """The items of all, as they come. The first exception ends all; closing this closes all."""
-    items: asyncio.Queue[tuple[T | None, BaseException | None, bool]] = asyncio.Queue()
+    """The items of all, as they come. The first exception ends all; closing this closes all.
+
+    A slow reader holds the generators up: no more than two items of each are ahead of it.
+    """
+    items: asyncio.Queue[tuple[T | None, BaseException | None, bool]] = asyncio.Queue(len(generators))
 
     async def drain(generator: AsyncGenerator[T, None]) -> None:
         try:
             async for item in generator:
-                items.put_nowait((item, None, False))
+                await items.put((item, None, False))
         except Exception as error:
-            items.put_nowait((None, error, False))
+            await items.put((None, error, False))
         else:
-            items.put_nowait((None, None, True))
+            await items.put((None, None, True))
         finally:
             await generator.aclose()
 

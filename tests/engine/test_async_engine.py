@@ -5,20 +5,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
 
-from lmserve.engine import messages
+from lmserve.engine import async_engine, messages
 from lmserve.engine.async_engine import AsyncEngine
 from lmserve.engine.messages import HEADER, AddRequest, EngineStats, MessageTooLong, StepOutputs, encode
 from lmserve.errors import InvalidRequest, QueueFull, WorkerDied
 from lmserve.outputs import FinishReason, RequestOutput
-from lmserve.runtime.interface import FatalRunnerError
+from lmserve.runtime.interface import FatalRunnerError, RunnerInfo, StepOutput
 from lmserve.sampling_params import SamplingParams
 from tests.engine.engine_thread import SECONDS, EngineThread, GatedRunner
 from tests.engine.factories import Results, expected_output
 from tests.engine.fake_runner import EOS, FakeRunner, make_info
+
+
+class SteadyRunner(FakeRunner):
+    """Takes a moment for a step, as a model does: long enough for a message to come in between."""
+
+    def __init__(self, info: RunnerInfo, seconds: float = 0.002) -> None:
+        super().__init__(info)
+        self._seconds = seconds
+
+    def collect(self) -> StepOutput:
+        time.sleep(self._seconds)
+        return super().collect()
+
 
 Play = Callable[[AsyncEngine], Awaitable[None]]
 
@@ -293,3 +307,61 @@ def test_before_the_first_step_all_blocks_are_free() -> None:
         await engine.wait_idle()
 
     act(play, FakeRunner(make_info()))
+
+
+def test_a_slow_reader_pauses_its_own_request_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is unread stays bounded, the worker sleeps, and nothing is lost."""
+    monkeypatch.setattr(async_engine, "MAX_UNREAD_TOKENS", 8)
+    info = make_info(num_blocks=400, max_model_len=600)
+    slow, quick = message("slow", 200), message("quick", 300)
+
+    async def play(engine: AsyncEngine) -> None:
+        outputs = engine.generate(slow)
+        results = Results()
+        results.take([await anext(outputs)])
+        await wait_until(lambda: engine.stats.num_paused == 1 or engine.stats.num_running == 0)
+        results_quick = await collect(engine, quick)
+        tokens, reason = expected_output(quick, 0, 600)
+        assert (results_quick.token_ids["quick", 0], results_quick.ends["quick", 0].finish_reason) == (tokens, reason)
+        assert engine.stats.num_paused == 1
+        done = engine.stats.num_generated_tokens - 300
+        assert done < 200 - 100, "it went on although nobody read"
+        async for output in outputs:
+            results.take([output])
+        tokens, reason = expected_output(slow, 0, 600)
+        assert (results.token_ids["slow", 0], results.ends["slow", 0].finish_reason) == (tokens, reason)
+        await engine.wait_idle()
+
+    thread = act(play, SteadyRunner(info))
+    assert thread.core.stats.num_free_blocks == 400
+
+
+def test_a_paused_request_hears_of_the_workers_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_engine, "MAX_UNREAD_TOKENS", 4)
+
+    async def play(engine: AsyncEngine) -> None:
+        outputs = engine.generate(message("slow", 40))
+        await anext(outputs)
+        await wait_until(lambda: engine.num_live == 1 and engine.stats.num_generated_tokens > 4)
+        engine.shut_down()
+        with pytest.raises(WorkerDied):
+            async for _ in outputs:
+                pass
+
+    act(play, SteadyRunner(make_info()))
+
+
+def test_a_paused_request_whose_reader_leaves_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_engine, "MAX_UNREAD_TOKENS", 4)
+
+    async def play(engine: AsyncEngine) -> None:
+        outputs = engine.generate(message("slow", 40))
+        await anext(outputs)
+        await wait_until(lambda: engine.stats.num_generated_tokens > 4)
+        await outputs.aclose()
+        await collect(engine, message("next"))
+        await wait_until(lambda: engine.stats.num_cancelled == 1)
+        assert engine.stats.num_paused == 0
+
+    thread = act(play, SteadyRunner(make_info()))
+    assert thread.core.stats.num_free_blocks == 64

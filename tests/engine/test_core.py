@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lmserve.engine.core import STEP_FAILED, EngineCore
-from lmserve.engine.messages import AddRequest, Cancel
+from lmserve.engine.messages import AddRequest, Cancel, Pause, Resume
 from lmserve.outputs import FinishReason, RequestOutput
 from lmserve.runtime.interface import FatalRunnerError, StepInput, StepOutput
 from lmserve.sampling_params import SamplingParams
@@ -345,3 +345,52 @@ sys.exit(", ".join(name for name in ("torch", "transformers") if name in sys.mod
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_paused_request_holds_nothing_and_goes_on_where_it_was() -> None:
+    slow, other = message("slow", 20, n=2, ignore_eos=True), message("other", 9, first_token=30)
+    engine, results = make_engine(FakeRunner(make_info())), Results()
+    engine.add_request(slow)
+    for _ in range(4):
+        results.take(engine.step())
+    engine.pause(Pause("slow"))
+    engine.pause(Pause("slow"))
+    engine.pause(Pause("nobody"))
+    engine.check_integrity()
+    stats = engine.stats
+    assert (stats.num_running, stats.num_waiting, stats.num_paused, stats.num_free_blocks) == (0, 0, 2, 64)
+    assert stats.num_preemptions == 0
+    assert not engine.has_work, "the loop must sleep"
+    engine.add_request(other)
+    assert_complete(run_to_end(engine), other)
+    engine.resume(Resume("slow"))
+    engine.resume(Resume("nobody"))
+    for _ in range(20):
+        results.take(engine.step())
+    assert_complete(results, slow)
+    assert_all_free(engine)
+
+
+def test_a_paused_request_that_waits_is_passed_by() -> None:
+    engine = make_engine(FakeRunner(make_info(max_num_seqs=1)))
+    first, paused, last = (message(name, first_token=i) for i, name in enumerate("abc"))
+    for sent in (first, paused, last):
+        engine.add_request(sent)
+    engine.pause(Pause("b"))
+    results = run_to_end(engine)
+    assert set(results.ends) == {("a", 0), ("c", 0)}
+    engine.resume(Resume("b"))
+    assert_complete(run_to_end(engine), paused)
+
+
+def test_a_paused_request_can_be_cancelled() -> None:
+    engine = make_engine(FakeRunner(make_info()))
+    engine.add_request(message("a", n=2))
+    engine.step()
+    engine.pause(Pause("a"))
+    (ended,) = engine.cancel(Cancel("a", 1))
+    assert ended.finish_reason is FinishReason.ABORT
+    assert engine.stats.num_paused == 1
+    engine.cancel(Cancel("a"))
+    assert engine.stats.num_paused == 0
+    assert_all_free(engine)

@@ -42,10 +42,11 @@ def test_one_message_a_step_with_the_news_of_all() -> None:
         assert received[-1].stats.num_free_blocks == 64
 
 
-def test_a_step_without_news_sends_nothing() -> None:
+def test_a_step_without_news_tells_the_counters_alone() -> None:
     with EngineThread(FakeRunner(make_info(max_num_batched_tokens=4))) as engine:
         engine.send(message(num_tokens=10, max_tokens=1))
-        assert engine.receive().stats.num_steps == 3
+        told = [engine.receive() for _ in range(3)]
+    assert [(message.stats.num_prompt_tokens, len(message.outputs)) for message in told] == [(4, 0), (8, 0), (10, 1)]
 
 
 def test_what_comes_during_a_step_is_taken_up_before_the_next() -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmserve.engine.messages import AddRequest, Cancel
+from lmserve.engine.messages import AddRequest, Cancel, Pause, Resume
 from lmserve.engine.request import Request, RequestStatus
 from lmserve.engine.scheduler import Scheduler, SchedulerOutput, max_request_tokens
 from lmserve.outputs import FinishReason
@@ -51,10 +51,12 @@ class WatchedScheduler(Scheduler):
         for request in self._waiting:
             if any(request.rank < other.rank for other in started):
                 lacks_rows = no_rows_left and request.sampling.prompt_logprobs is not None
-                assert lacks_rows or self.kv.prefix_is_pending(request), "only who waits for a prefix is passed"
+                may_be_passed = request.is_paused or lacks_rows or self.kv.prefix_is_pending(request)
+                assert may_be_passed, "only who waits for a prefix, or is paused, is passed"
+        assert not any(request.is_paused for request in self._running)
         if scheduled.step.num_tokens < self._max_num_batched_tokens:
             assert set(scheduled.requests) == set(self._running), "budget is left, and somebody gets nothing"
-        assert scheduled.requests or not (self._running or self._waiting), "there is work, and nobody gets on"
+        assert scheduled.requests or not (self._running or self.num_waiting), "there is work, and nobody gets on"
         return scheduled
 
     def halve(self, scheduled: SchedulerOutput) -> SchedulerOutput:
@@ -104,6 +106,7 @@ def live(rng: random.Random, info: RunnerInfo, num_requests: int, faults: Faults
     engine.scheduler = WatchedScheduler(config, engine.scheduler.kv)
     messages = make_messages(rng, num_requests, info)
     results, cancelled, num_sent = Results(), set(), 0
+    paused: list[str] = []
     busy = rng.uniform(0.3, 0.9)
     for _ in range(MAX_STEPS_PER_REQUEST * num_requests):
         while num_sent < len(messages) and (not engine.has_work or rng.random() < busy):
@@ -114,9 +117,15 @@ def live(rng: random.Random, info: RunnerInfo, num_requests: int, faults: Faults
             results.take(outputs := engine.cancel(victim))
             cancelled |= {(output.request_id, output.choice) for output in outputs}
             engine.check_integrity()
+        if num_sent and rng.random() < 0.1:
+            paused.append(str(rng.randrange(num_sent)))
+            engine.pause(Pause(paused[-1]))
+            engine.check_integrity()
+        if paused and (not engine.has_work or rng.random() < 0.2):
+            engine.resume(Resume(paused.pop(rng.randrange(len(paused)))))
         results.take(engine.step())
         engine.check_integrity()
-        if num_sent == len(messages) and not engine.has_work:
+        if num_sent == len(messages) and not (engine.has_work or paused):
             break
     check_results(results, messages, cancelled, max_request_tokens(info), may_fail=bool(faults))
     assert engine.stats.num_free_blocks == info.num_blocks

@@ -60,3 +60,24 @@ def test_closing_closes_all() -> None:
         assert all(source.closed for source in sources)
 
     asyncio.run(scenario())
+
+
+def test_a_slow_reader_holds_the_generators_up() -> None:
+    made: list[str] = []
+
+    async def many(name: str) -> AsyncGenerator[str, None]:
+        for i in range(100):
+            made.append(f"{name}{i}")
+            yield made[-1]
+
+    async def main() -> None:
+        items = merge([many("a"), many("b")])
+        seen = [await anext(items)]
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert len(made) <= len(seen) + 4, "two of each generator ahead, at most"
+        seen += [item async for item in items]
+        assert sorted(seen) == sorted(made)
+        assert len(made) == 200
+
+    asyncio.run(main())
