@@ -56,104 +56,93 @@ def create_app(service: GenerationService, models: Models, log: LogStream, confi
 
 def _operations(service: GenerationService, models: Models, log: LogStream, config: ApiSettings) -> list[Operation]:
     """Every path: what is routed is what is documented."""
-    tokens = TokensEndpoint(service, config)
-    model_list = ModelsEndpoint(models, service)
-    health = HealthEndpoint(models)
-    generating = []
-    for base, with_stats in (("/v1", False), ("/api/v0", True)):
-        chat = GenerationEndpoint(service, config, CHAT, with_stats=with_stats)
-        completion = GenerationEndpoint(service, config, COMPLETION, with_stats=with_stats)
-        note = ", with statistics as in LM Studio's REST API" if with_stats else ""
-        generating += [
-            Operation(
-                method="POST",
-                path=f"{base}/chat/completions",
-                endpoint=chat.create,
-                summary=f"Answer a chat{note}",
-                body=ChatCompletionRequest,
-                answer=ChatCompletion,
-                chunk=ChatCompletionChunk,
-            ),
-            Operation(
-                method="POST",
-                path=f"{base}/completions",
-                endpoint=completion.create,
-                summary=f"Continue a text{note}",
-                body=CompletionRequest,
-                answer=Completion,
-                chunk=Completion,
-            ),
-        ]
     return [
-        *generating,
+        *_generating(service, config, "/v1", with_stats=False),
+        *_generating(service, config, "/api/v0", with_stats=True),
+        *_about_tokens(service, models, config),
+        *_about_the_server(service, models, log, config),
+    ]
+
+
+def _generating(service: GenerationService, config: ApiSettings, base: str, *, with_stats: bool) -> list[Operation]:
+    chat = GenerationEndpoint(service, config, CHAT, with_stats=with_stats).create
+    completion = GenerationEndpoint(service, config, COMPLETION, with_stats=with_stats).create
+    note = ", with statistics as in LM Studio's REST API" if with_stats else ""
+    return [
         Operation(
-            method="POST",
-            path="/v1/embeddings",
-            endpoint=EmbeddingsEndpoint(models, config).create,
-            summary="Not offered yet: refused",
-            body=EmbeddingRequest,
-            answer=ErrorAnswer,
+            "POST",
+            f"{base}/chat/completions",
+            chat,
+            f"Answer a chat{note}",
+            body=ChatCompletionRequest,
+            answer=ChatCompletion,
+            chunk=ChatCompletionChunk,
         ),
         Operation(
-            method="GET",
-            path="/v1/models",
-            endpoint=model_list.list,
-            summary="The loaded models",
-            answer=ModelList,
+            "POST",
+            f"{base}/completions",
+            completion,
+            f"Continue a text{note}",
+            body=CompletionRequest,
+            answer=Completion,
+            chunk=Completion,
         ),
+    ]
+
+
+def _about_tokens(service: GenerationService, models: Models, config: ApiSettings) -> list[Operation]:
+    tokens, embeddings = TokensEndpoint(service, config), EmbeddingsEndpoint(models, config)
+    return [
         Operation(
-            method="GET",
-            path="/v1/models/{model_id:path}",
-            endpoint=model_list.retrieve,
-            summary="One model, by its id",
-            answer=ModelItem,
-        ),
-        Operation(
-            method="POST",
-            path="/tokenize",
-            endpoint=tokens.tokenize,
-            summary="The tokens of a text or of a chat",
+            "POST",
+            "/tokenize",
+            tokens.tokenize,
+            "The tokens of a text or of a chat",
             body=TokenizeRequest,
             answer=TokenizeAnswer,
         ),
         Operation(
-            method="POST",
-            path="/detokenize",
-            endpoint=tokens.detokenize,
-            summary="The text of tokens",
+            "POST",
+            "/detokenize",
+            tokens.detokenize,
+            "The text of tokens",
             body=DetokenizeRequest,
             answer=DetokenizeAnswer,
         ),
         Operation(
-            method="POST",
-            path="/apply-template",
-            endpoint=tokens.apply_template,
-            summary="What the model receives of a chat",
+            "POST",
+            "/apply-template",
+            tokens.apply_template,
+            "What the model receives of a chat",
             body=ApplyTemplateRequest,
             answer=ApplyTemplateAnswer,
         ),
         Operation(
-            method="GET",
-            path="/health",
-            endpoint=health.health,
-            summary="Whether the server can answer; needs no key",
-            answer=Health,
-            statuses={503: "It cannot, and why"},
+            "POST",
+            "/v1/embeddings",
+            embeddings.create,
+            "Not offered yet: refused",
+            body=EmbeddingRequest,
+            answer=ErrorAnswer,
         ),
+    ]
+
+
+def _about_the_server(
+    service: GenerationService, models: Models, log: LogStream, config: ApiSettings
+) -> list[Operation]:
+    model_list, health = ModelsEndpoint(models, service), HealthEndpoint(models)
+    cannot = {503: "It cannot, and why"}
+    query = {"types": "only these types, with commas between", "token_ids": "1: with token ids"}
+    stream = LogEndpoint(log, config).stream
+    return [
+        Operation("GET", "/v1/models", model_list.list, "The loaded models", answer=ModelList),
+        Operation("GET", "/v1/models/{model_id:path}", model_list.retrieve, "One model, by its id", answer=ModelItem),
         Operation(
-            method="GET",
-            path="/version",
-            endpoint=health.version,
-            summary="What runs here",
-            answer=Version,
+            "GET", "/health", health.health, "Whether the server can answer; no key", answer=Health, statuses=cannot
         ),
-        Operation(
-            method="GET",
-            path="/log/stream",
-            endpoint=LogEndpoint(log, config).stream,
-            summary="What the models receive and answer, as it happens",
-            query={"types": "only these types, with commas between", "token_ids": "1: with token ids"},
-        ),
+        Operation("GET", "/version", health.version, "What runs here", answer=Version),
+        Operation("GET", "/log/stream", stream, "What the models receive and answer, as it happens", query=query),
     ]
 
 

@@ -82,6 +82,8 @@ def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
         return msgspec.json.decode(body, type=kind), ignored
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not valid UTF-8: byte {error.start} of a text.") from None
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 

@@ -21,7 +21,7 @@ _EVENTS = "text/event-stream"
 _REF = "#/components/schemas/{name}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Operation:
     """One method of one path: how it is called, and what it takes and gives."""
 

@@ -182,11 +182,18 @@ class GenerationService:
     async def _first(self, deltas: AsyncGenerator[Delta, None]) -> Delta:
         """Every request has one that is not the usage: each choice ends."""
         seconds = self._settings.first_token_seconds
+        # Not wait_for: before Python 3.12 it loses a cancel that comes in the same moment as the token.
+        first = asyncio.ensure_future(anext(deltas))
         try:
-            return await asyncio.wait_for(anext(deltas), seconds)
-        except asyncio.TimeoutError:
+            done, _ = await asyncio.wait({first}, timeout=seconds)
+        finally:
+            if not first.done():
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
+        if not done:
             message = f"The request had no first token after {seconds:g} seconds: the server has too much to do."
-            raise FirstTokenTimeout(message, RETRY_AFTER_TIMEOUT) from None
+            raise FirstTokenTimeout(message, RETRY_AFTER_TIMEOUT)
+        return first.result()
 
     async def _text_of(self, entry: ModelEntry) -> tuple[ModelText, ChatTemplate]:
         """Loaded by whoever comes first; a failure is not remembered."""
