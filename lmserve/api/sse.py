@@ -70,13 +70,13 @@ class EventStream:
         self._keep_alive = keep_alive
         self._headers = headers or {}
         self._started = False
-        self._sending = False
+        self._sending = asyncio.Lock()
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._last_sent = asyncio.get_running_loop().time()
-        writer = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(wait_for_disconnect(receive))
+        writer = asyncio.ensure_future(self._write(send, gone))
         alive = asyncio.ensure_future(self._keep_saying(send))
         try:
             await asyncio.wait({writer, gone, alive}, return_when=asyncio.FIRST_COMPLETED)
@@ -91,16 +91,18 @@ class EventStream:
         clock = asyncio.get_running_loop().time
         while True:
             silence = clock() - self._last_sent
-            if silence >= self._keep_alive and not self._sending:
+            if silence >= self._keep_alive and not self._sending.locked():
                 await self._emit(send, KEEP_ALIVE)
                 silence = 0.0
             await asyncio.sleep(self._keep_alive - silence if silence < self._keep_alive else self._keep_alive)
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, gone: asyncio.Future[None]) -> None:
         try:
             async with aclosing(self._events) as events:
                 async for chunk in events:
                     await self._emit(send, chunk)
+                    if gone.done():  # a send that was stuck comes back now; what waits behind it is for nobody
+                        return
         except Exception as error:
             if not self._started:
                 raise
@@ -110,14 +112,11 @@ class EventStream:
         await self._emit(send, b"", more=False)
 
     async def _emit(self, send: Send, chunk: bytes, *, more: bool = True) -> None:
-        self._sending = True
-        try:
+        async with self._sending:
             if not self._started:
                 self._started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self._raw_headers()})
             await send({"type": "http.response.body", "body": chunk, "more_body": more})
-        finally:
-            self._sending = False
             self._last_sent = asyncio.get_running_loop().time()
 
     def _raw_headers(self) -> list[tuple[bytes, bytes]]:
