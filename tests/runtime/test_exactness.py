@@ -12,7 +12,7 @@ import torch
 
 from lmserve.config import ModelConfig
 from lmserve.engine.core import EngineCore
-from lmserve.engine.messages import AddRequest
+from lmserve.engine.messages import AddRequest, Pause, Resume
 from lmserve.engine.scheduler import SchedulerConfig
 from lmserve.runtime.attention import BACKENDS
 from lmserve.runtime.build import assemble_runner
@@ -72,16 +72,24 @@ def generated(family: str, prompt: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(output[0, len(prompt) :].tolist())
 
 
-def run(engine: EngineCore, requests: Sequence[tuple[tuple[int, ...], SamplingParams]]) -> list[tuple[int, ...]]:
-    """Everything at once; the first choice's tokens of each request."""
+def run(
+    engine: EngineCore, requests: Sequence[tuple[tuple[int, ...], SamplingParams]], *, pauses: bool = False
+) -> list[tuple[int, ...]]:
+    """Everything at once; the first choice's tokens of each request. ``pauses``: in each step another one is paused."""
     results: defaultdict[str, list[int]] = defaultdict(list)
     for i, (prompt, sampling) in enumerate(requests):
         assert engine.add_request(AddRequest(str(i), list(prompt), sampling)) == []
+    num_steps = 0
     while engine.has_work:
+        paused = str(num_steps % len(requests))
+        if pauses:
+            engine.pause(Pause(paused))
         for output in engine.step():
             assert output.error is None
             if output.choice == 0:
                 results[output.request_id] += output.token_ids
+        engine.resume(Resume(paused))
+        num_steps += 1
     engine.check_integrity()
     return [tuple(results[str(i)]) for i in range(len(requests))]
 
@@ -124,6 +132,14 @@ def test_after_preemption(family: str) -> None:
     assert engine.stats.num_preemptions > 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_pauses(family: str) -> None:
+    engine = make_engine(family, max_batched_tokens=64)
+    expected = [generated(family, prompt) for prompt in prompts()]
+    assert run(engine, [(prompt, greedy()) for prompt in prompts()], pauses=True) == expected
+    assert engine.stats.num_preemptions == 0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend(backend: str) -> None:
     engine = make_engine("gemma2", attention_backend=backend, max_batched_tokens=16)
@@ -158,6 +174,7 @@ def test_thirty_two_different_requests_get_what_each_gets_alone(family: str) -> 
     engine = make_engine(family, prefix_caching=False)
     alone = [run(engine, [request])[0] for request in requests]
     assert together == alone
+    assert run(make_engine(family, max_batched_tokens=64), requests, pauses=True) == alone
     assert len(set(together)) > 25
 
 
