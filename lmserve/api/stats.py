@@ -25,7 +25,7 @@ class StatsReporter:
         is_gguf = generation.model.entry.path.endswith(".gguf")
         return cls(
             ModelInfo(
-                arch=info.architecture,
+                arch=info.model_type or info.architecture,
                 quant=_QUANT.get(info.dtype, info.dtype),
                 format="gguf" if is_gguf else "safetensors",
                 context_length=generation.context_length,

@@ -108,6 +108,7 @@ def _describe(
     default_batch = CPU_BATCHED_TOKENS if model.device.type == "cpu" else GPU_BATCHED_TOKENS
     return RunnerInfo(
         architecture=type(model).__name__,
+        model_type=str(model.config.get_text_config().model_type),
         device=str(model.device),
         dtype=str(dtype).removeprefix("torch."),
         attention_backend=backend,

@@ -19,6 +19,9 @@ class RunnerInfo:
     """What a loaded model is and what it can hold. Sent to the API process when the worker is ready."""
 
     architecture: str
+    """The model's class in transformers."""
+    model_type: str = ""
+    """The family, by its name in transformers: llama, qwen3, …"""
     device: str
     dtype: str
     attention_backend: str

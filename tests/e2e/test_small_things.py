@@ -81,3 +81,11 @@ def test_an_image_to_a_text_model(starter_server: Server) -> None:
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "messages[0].content[0]"
     assert isinstance(response.json()["error"]["code"], str)
+
+
+def test_figures_as_lm_studio_gives_them(starter_server: Server) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 4}
+    answer = httpx.post(f"{starter_server.url}/api/v0/chat/completions", json=body, timeout=120).json()
+    info = {"arch": "llama", "quant": "F32", "format": "safetensors", "context_length": 2048}
+    assert answer["model_info"] == info
+    assert answer["stats"]["time_to_first_token"] > 0
