@@ -15,7 +15,8 @@ LMServeError
 └── EngineError              our fault, or the machine's
     ├── ModelLoadFailed
     ├── WorkerDied
-    └── StepFailed           one engine step failed; the requests in it are lost, the engine lives on
+    ├── StepFailed           one engine step failed; the requests in it are lost, the engine lives on
+    └── RequestFailed        this very request cannot be served, and would fail again
 
 Which HTTP status and which OpenAI ``type`` and ``code`` each becomes stands in one table, ``lmserve/api/errors.py``.
 """
@@ -108,3 +109,7 @@ class WorkerDied(EngineError):
 
 class StepFailed(EngineError):
     """The engine step that held the request failed."""
+
+
+class RequestFailed(EngineError):
+    """The engine cannot serve this very request, although nothing in it was wrong; it would fail again."""

@@ -43,6 +43,8 @@ class RequestOutput:
     """Prompt tokens that were found in the prefix cache (the same number in every output of a choice)."""
     finish_reason: FinishReason | None = None
     error: str | None = None
+    may_retry: bool = True
+    """After an error: whether the same request may fare better when it is sent again."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """If asked for, of the prompt's tokens from the second on: those that this step computed, each reported once, in
     order. Choice 0 alone has them."""

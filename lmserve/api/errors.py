@@ -22,6 +22,7 @@ from lmserve.errors import (
     PromptTooLong,
     QueueFull,
     RequestError,
+    RequestFailed,
     StepFailed,
     Unavailable,
     UnsupportedField,
@@ -57,6 +58,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     WorkerDied: ErrorKind(503, "service_unavailable", "worker_died"),
     ModelLoadFailed: ErrorKind(500, _SERVER, "model_load_failed", repeats=True),
     StepFailed: ErrorKind(500, _SERVER, "step_failed"),
+    RequestFailed: ErrorKind(500, _SERVER, "request_failed", repeats=True),
     EngineError: ErrorKind(500, _SERVER),
     Exception: ErrorKind(500, _SERVER, "internal_error", repeats=True),
 }

@@ -69,7 +69,9 @@ class EngineCore:
         if problem is not None:
             logger.error("Request %s is refused by the engine: %s", message.request_id, problem)
             return [
-                RequestOutput(message.request_id, choice, finish_reason=FinishReason.ERROR, error=problem)
+                RequestOutput(
+                    message.request_id, choice, finish_reason=FinishReason.ERROR, error=problem, may_retry=False
+                )
                 for choice in range(message.sampling.n)
             ]
         cache_root = b"" if self._prefix_caching else b"request %d" % self._num_arrivals

@@ -238,7 +238,7 @@ class Scheduler:
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
         if token_id < 0:
-            return self.finish(request, FinishReason.ERROR, NO_TOKEN)
+            return replace(self.finish(request, FinishReason.ERROR, NO_TOKEN), may_retry=False)
         request.output_token_ids.append(token_id)
         reason = self._finish_reason(request, token_id)
         if reason is not None:

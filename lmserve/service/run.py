@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from lmserve.engine.messages import AddRequest
-from lmserve.errors import NotReady, StepFailed
+from lmserve.errors import NotReady, RequestFailed, StepFailed
 from lmserve.outputs import FinishReason, RequestOutput
 from lmserve.service.choice import Choice
 from lmserve.service.deltas import Delta, Finished, PositionLogprobs, StopReason, TextDelta, Usage
@@ -58,7 +58,8 @@ class PromptRun:
         """The choices' deltas as they come, and the usage last.
 
         Raises:
-            StepFailed: the engine lost the request; other exceptions are the engine's own.
+            StepFailed: the engine lost the request.
+            RequestFailed: it cannot serve it. Other exceptions are the engine's own.
         """
         self._log.publish(self._input_event)
         add = AddRequest(
@@ -87,7 +88,8 @@ class PromptRun:
         if choice.finished is not None:  # the engine's last words on a choice that a stop string ended
             return []
         if output.finish_reason is FinishReason.ERROR:
-            raise StepFailed(output.error or "The engine failed at this request.")
+            failure = StepFailed if output.may_retry else RequestFailed
+            raise failure(output.error or "The engine failed at this request.")
         if output.finish_reason is FinishReason.ABORT:
             raise NotReady("The server ended this request.")
         if output.token_ids:

@@ -53,6 +53,7 @@ class StubEngine:
         self.held = False
         self.error: LMServeError | str | None = None
         self.error_after = 0
+        self.may_retry = True
         self.num_cached_tokens = 0
         self.prompt_tokens_per_step = 4
         self.requests: list[AddRequest] = []
@@ -90,7 +91,8 @@ class StubEngine:
     def _fail(self, request: AddRequest, error: LMServeError | str) -> RequestOutput:
         if isinstance(error, LMServeError):
             raise error
-        return RequestOutput(request.request_id, 0, finish_reason=FinishReason.ERROR, error=error)
+        may_retry = self.may_retry
+        return RequestOutput(request.request_id, 0, finish_reason=FinishReason.ERROR, error=error, may_retry=may_retry)
 
     def _output(self, request: AddRequest, choice: int, script: list[int], step: int) -> RequestOutput:
         sampling = request.sampling

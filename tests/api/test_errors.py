@@ -158,3 +158,18 @@ def test_a_body_that_is_too_large() -> None:
             counted = http.post("/v1/completions", content=chunks, headers=headers)
         assert counted.status_code == 413
         assert server.complete().status_code == 200
+
+
+def test_clients_do_not_repeat_what_would_fail_again(server: RunningServer) -> None:
+    """The official clients send a 5xx twice more unless they are told not to."""
+    server.engine.error = "The model's output is not a number."
+    again = server.chat()
+    assert (again.status_code, error_of(again)["code"]) == (500, "step_failed")
+    assert "x-should-retry" not in again.headers
+    server.engine.may_retry = False
+    client = server.client.with_options(max_retries=2)
+    asked = len(server.engine.requests)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(model="stub", messages=[{"role": "user", "content": "Hi"}])
+    assert caught.value.code == "request_failed"
+    assert len(server.engine.requests) == asked + 1

@@ -181,6 +181,7 @@ def test_what_cannot_run_is_refused_and_nobody_else_suffers(sent: AddRequest, wo
     engine.step()
     [output] = engine.add_request(sent)
     assert (output.request_id, output.finish_reason) == (sent.request_id, FinishReason.ERROR)
+    assert not output.may_retry
     assert words in (output.error or "")
     while engine.has_work:
         engine.step()

@@ -281,6 +281,7 @@ def test_a_token_that_could_not_be_drawn_is_an_error() -> None:
     add_all(scheduler, make_requests(4))
     [output] = finish_step(scheduler, scheduler.schedule(), -1)
     assert output.finish_reason is FinishReason.ERROR
+    assert not output.may_retry, "it would be the same again"
     assert output.error
     assert output.token_ids == ()
 
