@@ -25,7 +25,7 @@ from lmserve.api.schema.chat import ChatCompletion, ChatCompletionChunk, ChatCom
 from lmserve.api.schema.completions import Completion, CompletionRequest
 from lmserve.api.schema.embeddings import EmbeddingRequest
 from lmserve.api.schema.errors import ErrorAnswer
-from lmserve.api.schema.models import Health, ModelItem, ModelList, Version
+from lmserve.api.schema.models import Health, ModelDetails, ModelDetailsList, ModelItem, ModelList, Version
 from lmserve.api.schema.tokens import (
     ApplyTemplateAnswer,
     ApplyTemplateRequest,
@@ -138,6 +138,12 @@ def _about_the_server(
     return [
         Operation("GET", "/v1/models", model_list.list, "The loaded models", answer=ModelList),
         Operation("GET", "/v1/models/{model_id:path}", model_list.retrieve, "One model, by its id", answer=ModelItem),
+        Operation(
+            "GET", "/api/v0/models", model_list.details, "All models, as LM Studio lists them", answer=ModelDetailsList
+        ),
+        Operation(
+            "GET", "/api/v0/models/{model_id:path}", model_list.detail, "One of them, by its id", answer=ModelDetails
+        ),
         Operation(
             "GET", "/health", health.health, "Whether the server can answer; no key", answer=Health, statuses=cannot
         ),

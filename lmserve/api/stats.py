@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lmserve import __version__
 from lmserve.api.schema.stats import ModelInfo, Runtime, Stats
 from lmserve.service.deltas import Finished, Usage
+from lmserve.service.protocols import ModelEntry
 from lmserve.service.request import GenerationRequest
 
 _QUANT = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -21,14 +23,13 @@ class StatsReporter:
 
     @classmethod
     def for_request(cls, generation: GenerationRequest) -> StatsReporter:
-        info = generation.model.engine.info
-        is_gguf = generation.model.entry.path.endswith(".gguf")
+        info, entry = generation.model.engine.info, generation.model.entry
         return cls(
             ModelInfo(
-                arch=info.model_type or info.architecture,
-                quant=_QUANT.get(info.dtype, info.dtype),
-                format="gguf" if is_gguf else "safetensors",
-                context_length=generation.context_length,
+                info.model_type or info.architecture,
+                quantization(info.dtype),
+                file_format(entry),
+                generation.context_length,
             )
         )
 
@@ -41,3 +42,12 @@ class StatsReporter:
             stop_reason=finished.stop_reason.value,
         )
         return {"stats": stats, "model_info": self.model_info, "runtime": RUNTIME}
+
+
+def quantization(dtype: str) -> str:
+    """The number format of the weights, in LM Studio's short names."""
+    return _QUANT.get(dtype, dtype)
+
+
+def file_format(entry: ModelEntry) -> Literal["safetensors", "gguf"]:
+    return "gguf" if entry.path.endswith(".gguf") else "safetensors"

@@ -37,3 +37,24 @@ def test_by_id(server: RunningServer) -> None:
         server.client.models.retrieve("nobody")
     assert caught.value.code == "model_not_found"
     assert "org/stub" in str(caught.value)
+
+
+def test_as_lm_studio_lists_them(server: RunningServer) -> None:
+    item = {
+        "id": "org/stub",
+        "object": "model",
+        "type": "llm",
+        "publisher": "org",
+        "arch": "Stub",
+        "compatibility_type": "safetensors",
+        "quantization": "F32",
+        "state": "loaded",
+        "max_context_length": 512,
+        "loaded_context_length": 512,
+    }
+    assert server.get("/api/v0/models").json() == {"object": "list", "data": [item]}
+    assert server.get("/api/v0/models/org/stub").json() == item
+    assert server.get("/api/v0/models/nobody").json()["error"]["code"] == "model_not_found"
+    server.entry.state = "loading"
+    loading = server.get("/api/v0/models").json()["data"][0]
+    assert (loading["state"], loading["arch"], loading["max_context_length"]) == ("loading", None, None)

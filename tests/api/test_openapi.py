@@ -26,8 +26,9 @@ KEPT = (
     "response_schema_conformance",
     "unsupported_method",
 )
-WITHOUT_BODY = ["/v1/models", "/v1/models/{model_id}", "/health", "/version"]
-NEVER_ANSWERED = ["/v1/embeddings", "/v1/models/{model_id}"]
+WITHOUT_BODY = ["/v1/models", "/v1/models/{model_id}", "/api/v0/models", "/api/v0/models/{model_id}"]
+WITHOUT_BODY += ["/health", "/version"]
+NEVER_ANSWERED = ["/v1/embeddings", "/v1/models/{model_id}", "/api/v0/models/{model_id}"]
 PATHS = [
     "/v1/chat/completions",
     "/v1/completions",
@@ -36,6 +37,8 @@ PATHS = [
     "/v1/embeddings",
     "/v1/models",
     "/v1/models/{model_id}",
+    "/api/v0/models",
+    "/api/v0/models/{model_id}",
     "/tokenize",
     "/detokenize",
     "/apply-template",

@@ -26,6 +26,26 @@ class ModelList(msgspec.Struct, frozen=True):
     data: list[ModelItem]
 
 
+class ModelDetails(msgspec.Struct, frozen=True):
+    """LM Studio's item. What only a loaded model tells is null until then."""
+
+    id: str
+    object: Literal["model"]
+    type: Literal["llm"]
+    publisher: str
+    arch: str | None
+    compatibility_type: Literal["safetensors", "gguf"]
+    quantization: str | None
+    state: str
+    max_context_length: int | None
+    loaded_context_length: int | None
+
+
+class ModelDetailsList(msgspec.Struct, frozen=True):
+    object: Literal["list"]
+    data: list[ModelDetails]
+
+
 class ModelVersion(msgspec.Struct, frozen=True):
     id: str
     device: str
