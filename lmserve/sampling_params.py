@@ -100,10 +100,10 @@ class SamplingParams:
             _in_range("top_logprobs", self.logprobs)
         if self.prompt_logprobs is not None:
             _in_range("logprobs", self.prompt_logprobs, RANGES["top_logprobs"])
-        _at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
+        at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for _, bias in self.logit_bias:
             _in_range("logit_bias", bias)
-        _at_most("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
+        at_most("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
 
     @property
     def is_greedy(self) -> bool:
@@ -116,6 +116,7 @@ def _in_range(param: str, value: float, allowed: Range | None = None) -> None:
         raise InvalidRequest(f"{param} must be in {allowed}, got {value}.", param)
 
 
-def _at_most(param: str, count: int, limit: int) -> None:
+def at_most(param: str, count: int, limit: int) -> None:
+    """Raises InvalidRequest for more than ``limit`` entries."""
     if count > limit:
         raise InvalidRequest(f"{param} may have at most {limit} entries, got {count}.", param)

@@ -121,7 +121,7 @@ def _about_tokens(service: GenerationService, models: Models, config: ApiSetting
             "POST",
             "/v1/embeddings",
             embeddings.create,
-            "Not offered yet: refused",
+            "Refused: no model can be loaded for it yet",
             body=EmbeddingRequest,
             answer=ErrorAnswer,
         ),

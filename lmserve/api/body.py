@@ -22,6 +22,8 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 IGNORED_HEADER = "x-lmserve-ignored"
 MAX_IGNORED_NAMES = 32
+INLINE_BYTES = 1 << 16
+"""A longer body is read in a thread: other requests' tokens go out meanwhile."""
 
 _WRONG_TYPE = re.compile(r"Expected `(?P<expected>.+?)`(?:, got `(?P<got>.+?)`)?(?: - at `\$\.?(?P<path>.*)`)?")
 _MISSING = re.compile(r"Object missing required field `(?P<name>.+?)`(?: - at `\$\.?(?P<path>.*)`)?")
@@ -33,8 +35,12 @@ _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 async def read_request(request: Request, kind: type[T], settings: ApiSettings) -> tuple[T, list[str]]:
     """The body as a checked struct, and the names of fields that have no effect. Raises as the two steps do."""
     body = await read_body(request, settings.max_body_bytes, settings.body_seconds)
-    check_json(body, settings.max_json_nesting)
-    return parse_body(body, kind)
+
+    def read() -> tuple[T, list[str]]:
+        check_json(body, settings.max_json_nesting)
+        return parse_body(body, kind)
+
+    return read() if len(body) <= INLINE_BYTES else await asyncio.to_thread(read)
 
 
 async def read_body(request: Request, limit: int, seconds: float) -> bytes:
@@ -45,9 +51,9 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
             after ``seconds``.
     """
     # A web page may send other types to any server without asking; JSON it may not. So this is more than tidiness.
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise HTTPException(415, f"The body must be application/json, not {media_type[:64]!r}.")
+        raise HTTPException(415, f"The content-type must be application/json, not {media_type[:64]!r}.")
     too_large = HTTPException(413, f"The body is larger than {limit} bytes.", {"connection": "close"})
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > limit:

@@ -13,11 +13,17 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from lmserve import __version__
+from lmserve.api.body import IGNORED_HEADER
+from lmserve.api.middleware import OPEN_PATHS, REQUEST_ID_HEADER
 from lmserve.api.schema.errors import ErrorAnswer
 from lmserve.api.schema.fields import Field, Treatment, table
 
 _JSON = "application/json"
 _EVENTS = "text/event-stream"
+_HEADERS = {
+    REQUEST_ID_HEADER: {"description": "The client's, if it sent a sane one", "schema": {"type": "string"}},
+    IGNORED_HEADER: {"description": "Fields of the body without effect, if any", "schema": {"type": "string"}},
+}
 _REF = "#/components/schemas/{name}"
 
 
@@ -32,6 +38,7 @@ class Operation:
     summary: str
     body: type[msgspec.Struct] | None = None
     answer: type[msgspec.Struct] | None = None
+    """``ErrorAnswer``: it never gives another one."""
     chunk: type[msgspec.Struct] | None = None
     """What one event of a stream holds."""
     query: Mapping[str, str] | None = None
@@ -67,8 +74,11 @@ def openapi(operations: Sequence[Operation], *, with_keys: bool) -> dict[str, An
         "components": {"schemas": components},
     }
     if with_keys:
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+        document["security"] = [{"bearer": []}, {"header": []}]
     return document
 
 
@@ -112,7 +122,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
         "summary": operation.summary,
         "operationId": f"{operation.method.lower()}_{_identifier(operation.path)}",
         "responses": {
-            "200": {"description": "The answer", "content": content},
+            "200": {"description": "The answer", "headers": _HEADERS, "content": content},
             **{
                 str(status): {"description": text, "content": content}
                 for status, text in (operation.statuses or {}).items()
@@ -120,6 +130,10 @@ def _operation(operation: Operation) -> dict[str, Any]:
             "default": {"description": "An error", "content": {_JSON: {"schema": _ref(ErrorAnswer)}}},
         },
     }
+    if operation.answer is ErrorAnswer:
+        del described["responses"]["200"]
+    if operation.path in OPEN_PATHS:
+        described["security"] = []
     parameters = _parameters(operation)
     if parameters:
         described["parameters"] = parameters

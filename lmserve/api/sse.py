@@ -17,6 +17,8 @@ from lmserve.errors import LMServeError
 
 logger = logging.getLogger(__name__)
 
+SEND_SECONDS = 600.0
+"""How long a client may leave a stream unread: its request keeps its place in the queue meanwhile."""
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -60,7 +62,7 @@ class EventStream:
     headers is an event, and the end.
 
     A client that reads slowly keeps ``send`` waiting; no event is fetched meanwhile, and that it is gone is noticed all
-    the same.
+    the same. One that takes nothing for ``SEND_SECONDS`` counts as gone.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class EventStream:
         clock = asyncio.get_running_loop().time
         while True:
             silence = clock() - self._last_sent
+            if silence >= SEND_SECONDS and self._sending.locked():
+                raise ClientDisconnect
             if silence >= self._keep_alive and not self._sending.locked():
                 await self._emit(send, KEEP_ALIVE)
                 silence = 0.0

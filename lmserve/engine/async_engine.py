@@ -36,7 +36,8 @@ class _Mailbox:
     it only the steps in between can be added.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_sequences: int) -> None:
+        self.num_sequences = num_sequences
         self.num_unread_tokens = 0
         self.is_paused = False
         self._outputs: asyncio.Queue[RequestOutput | WorkerDied] = asyncio.Queue()
@@ -95,6 +96,7 @@ class AsyncEngine:
         self._name = name
         self._live: dict[str, _Mailbox] = {}
         self._num_live_sequences = 0
+        self._num_paused_sequences = 0
         self._dead = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -135,7 +137,7 @@ class AsyncEngine:
             while unfinished:
                 output = await mailbox.take()
                 if mailbox.is_paused and mailbox.num_unread_tokens <= MAX_UNREAD_TOKENS // 4:
-                    mailbox.is_paused = False
+                    self._unpause(mailbox)
                     if not self._dead:
                         self._send(Resume(request.request_id))
                 unfinished -= output.finish_reason is not None
@@ -163,12 +165,18 @@ class AsyncEngine:
         mailbox.put(output)
         if mailbox.num_unread_tokens > MAX_UNREAD_TOKENS and not mailbox.is_paused:
             mailbox.is_paused = True
+            self._num_paused_sequences += mailbox.num_sequences
             self._send(Pause(output.request_id))
+
+    def _unpause(self, mailbox: _Mailbox) -> None:
+        if mailbox.is_paused:
+            mailbox.is_paused = False
+            self._num_paused_sequences -= mailbox.num_sequences
 
     def _admit(self, request: AddRequest) -> _Mailbox:
         if self._dead:
             raise WorkerDied(f"The worker of model {self._name} has ended; it is being started again.")
-        waiting = self._num_live_sequences - self.info.max_num_seqs
+        waiting = self._num_live_sequences - self._num_paused_sequences - self.info.max_num_seqs
         if waiting >= self._max_waiting:
             raise QueueFull(
                 f"The queue of model {self._name} is full: {waiting} sequences wait, the limit is {self._max_waiting}."
@@ -178,13 +186,13 @@ class AsyncEngine:
             self._send(request)
         except MessageTooLong as error:
             raise InvalidRequest(f"The request is too large for the engine: {error}.") from error
-        mailbox = self._live[request.request_id] = _Mailbox()
+        mailbox = self._live[request.request_id] = _Mailbox(request.sampling.n)
         self._num_live_sequences += request.sampling.n
         self._idle.clear()
         return mailbox
 
     def _release(self, request: AddRequest) -> None:
-        del self._live[request.request_id]
+        self._unpause(self._live.pop(request.request_id))
         self._num_live_sequences -= request.sampling.n
         if not self._live:
             self._idle.set()

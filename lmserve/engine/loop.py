@@ -11,8 +11,8 @@ from lmserve.outputs import RequestOutput
 def run_engine(core: EngineCore, connection: WorkerConnection) -> None:
     """Runs until a Shutdown message. Idle, it is blocked on the socket.
 
-    Requests and cancels that came during a step are taken up before the next one; the news of a step, and of the
-    cancels before it, leave in one message, with the counters; a step without news tells the counters alone.
+    Requests, cancels, pauses and resumes that came during a step are taken up before the next one; the news of a step,
+    and of the cancels before it, leave in one message, with the counters; a step without news tells the counters alone.
 
     Raises:
         ConnectionClosed: the API process is gone.

@@ -1,9 +1,9 @@
 """What the API process and a worker say to each other.
 
 A message is a msgpack-encoded tagged struct behind a 4-byte big-endian length. The worker speaks first (``Hello``), the
-API process answers with ``Load``; then requests and cancels flow one way and one ``StepOutputs`` per engine step the
-other. A wrong version or a frame over ``MAX_MESSAGE_BYTES`` ends the connection: both sides ship together, so either is
-a bug, not something to negotiate.
+API process answers with ``Load``; then requests, cancels, pauses and resumes flow one way and one ``StepOutputs`` per
+engine step the other. A wrong version or a frame over ``MAX_MESSAGE_BYTES`` ends the connection: both sides ship
+together, so either is a bug, not something to negotiate.
 """
 
 from __future__ import annotations

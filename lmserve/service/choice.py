@@ -8,7 +8,7 @@ from lmserve.outputs import FinishReason, RequestOutput
 from lmserve.sampling_params import SamplingParams
 from lmserve.service.deltas import Finished, PositionLogprobs, StopReason, TextDelta
 from lmserve.service.detokenizer import IncrementalDetokenizer
-from lmserve.service.stop_strings import StopStrings
+from lmserve.service.stop_strings import StopPatterns, StopStrings
 from lmserve.service.token_table import TokenTable
 
 
@@ -16,7 +16,8 @@ class Choice:
     """Detokenizes one choice, ends it at a stop string, and keeps its whole text for the log.
 
     Log-probabilities travel with the text of their token: those of a held-back token wait, those of a stop string or
-    of the token that ended the choice are never sent. ``text_offset``: length of the echo that the text follows.
+    of the token that ended the choice are never sent, the latter unless it ``reports_end``. ``text_offset``: length of
+    the echo that the text follows.
     """
 
     def __init__(
@@ -24,10 +25,11 @@ class Choice:
         index: int,
         sampling: SamplingParams,
         detokenizer: IncrementalDetokenizer,
-        stop: tuple[str, ...],
+        stop: StopPatterns,
         table: TokenTable,
         *,
         text_offset: int = 0,
+        reports_end: bool = False,
     ) -> None:
         self.index = index
         self.token_ids: list[int] = []
@@ -36,6 +38,7 @@ class Choice:
         self._detokenizer = detokenizer
         self._stop = StopStrings(stop)
         self._table = table
+        self._reports_end = reports_end
         self._waiting: deque[PositionLogprobs] = deque()
         self._decoded_end = text_offset
         self._sent_end = text_offset
@@ -54,13 +57,13 @@ class Choice:
         last = len(output.token_ids) - 1
         for position, token_id in enumerate(output.token_ids):
             self.token_ids.append(token_id)
-            if position == last and ends_with_stop_token:
+            is_end = position == last and ends_with_stop_token
+            if output.logprobs and (self._reports_end or not is_end):
+                entry = PositionLogprobs.of(token_id, output.logprobs[position], self._table, self._decoded_end)
+                self._waiting.append(entry)
+            if is_end:
                 break
             text = self._detokenizer.push(token_id)
-            if output.logprobs:
-                self._waiting.append(
-                    PositionLogprobs.of(token_id, output.logprobs[position], self._table, self._decoded_end)
-                )
             sent.append(self._decide(text))
             if self._stop.matched is not None:
                 self._finish(FinishReason.STOP, StopReason.STOP_STRING_FOUND)

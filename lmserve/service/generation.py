@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TypeVar
 
-from lmserve.errors import FirstTokenTimeout, InvalidRequest, ModelLoadFailed
+from lmserve.errors import FirstTokenTimeout, ModelLoadFailed
 from lmserve.service.chat_template import Chat, ChatTemplate, Prompt
 from lmserve.service.deltas import Delta, Usage
 from lmserve.service.log_stream import LogStream
@@ -21,6 +21,7 @@ from lmserve.service.request import (
     GenerationRequest,
     ServedModel,
     ServiceSettings,
+    check_choices,
     check_token_ids,
     context_length,
     make_request,
@@ -42,8 +43,8 @@ def load_model_text(entry: ModelEntry) -> ModelText:
 class GenerationService:
     """Owns the models' tokenizers and each request from its text to its deltas.
 
-    Tokenizers are loaded at most once each, and all work on whole prompts is done in threads: the event loop only ever
-    sees one token at a time.
+    Tokenizers are loaded at most once each, and rendering and encoding are done in threads: tokens of other requests go
+    out meanwhile.
     """
 
     def __init__(
@@ -109,9 +110,7 @@ class GenerationService:
         """Encode the prompts (no template), and check everything. Raises as ``prepare_chat``."""
         entry = self._models.resolve(model)
         engine = entry.engine
-        choices, limit = len(prompts) * (options.n or 1), self._settings.max_choices
-        if choices > limit:
-            raise InvalidRequest(f"prompt: {choices} choices in all prompts together, the limit is {limit}.", "prompt")
+        check_choices(len(prompts), options.n or 1, entry.config.max_waiting + engine.info.max_num_seqs, self._settings)
         text, _ = await self._text_of(entry)
 
         def prepare() -> GenerationRequest:

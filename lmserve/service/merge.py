@@ -12,7 +12,7 @@ T = TypeVar("T")
 async def merge(generators: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """The items of all, as they come. The first exception ends all; closing this closes all.
 
-    A slow reader holds the generators up: no more than two items of each are ahead of it.
+    A slow reader holds the generators up: all together are at most two items for each of them ahead of it.
     """
     items: asyncio.Queue[tuple[T | None, BaseException | None, bool]] = asyncio.Queue(len(generators))
 

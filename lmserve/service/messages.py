@@ -44,6 +44,8 @@ def _normalize(message: dict[str, Any], path: str, renamed: dict[str, str]) -> d
     normalized = {key: value for key, value in message.items() if value is not None}
     normalized["role"] = renamed.get(role, role)
     normalized["content"] = _text(message.get("content"), f"{path}.content")
+    if "function_call" in normalized and "tool_calls" not in normalized:  # how calls were written before tools
+        normalized["tool_calls"] = [{"type": "function", "function": normalized.pop("function_call")}]
     if "tool_calls" in normalized:
         normalized["tool_calls"] = _tool_calls(normalized["tool_calls"], f"{path}.tool_calls")
     return normalized

@@ -14,8 +14,11 @@ from lmserve.service.chat_template import Prompt
 from lmserve.service.echo import Echo, echo_prompt
 from lmserve.service.model_text import ModelText, SamplingDefaults
 from lmserve.service.protocols import Engine, ModelEntry
+from lmserve.service.stop_strings import StopPatterns
 
 MAX_STOP_CHARACTERS = 1024
+MAX_ECHO_LOGPROBS = 1 << 20
+"""Log-probabilities of echoed tokens in one answer: choices times prompt tokens times entries at each position."""
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for completions."""
 
@@ -66,6 +69,7 @@ class GenerationRequest:
     sampling: tuple[SamplingParams, ...]
     """One for each prompt: they differ in ``max_tokens`` and in a seed that was drawn."""
     stop: tuple[str, ...]
+    stop_patterns: StopPatterns
     priority: int
     begins_text: bool
     echoes: tuple[Echo, ...] = ()
@@ -156,12 +160,14 @@ def make_request(
         ContextLengthExceeded: prompt and output do not fit.
     """
     info = model.engine.info
-    if options.n is not None and options.n > settings.max_n:
-        raise InvalidRequest(f"n must be at most {settings.max_n}, got {options.n}.", "n")
+    check_choices(len(prompts), options.n or 1, settings.max_choices, settings)
     _check_stop(options.stop, settings.max_stop)
     _check_option_ids(options, info.vocab_size)
     for prompt in prompts:
         _check_prompt(prompt, info.vocab_size, settings.max_prompt_tokens, prompt_param)
+
+    if options.echo and options.logprobs is not None:
+        _check_echo(prompts, options.n or 1, options.logprobs)
 
     def max_tokens(prompt: Prompt) -> int:
         return _max_tokens(options, len(prompt.token_ids), context_length(info), default_max_tokens, prompt_param)
@@ -173,6 +179,7 @@ def make_request(
         prompts=tuple(prompts),
         sampling=tuple(sampling),
         stop=options.stop,
+        stop_patterns=StopPatterns(options.stop),
         priority=options.priority or 0,
         begins_text=begins_text,
         echoes=tuple(echo_prompt(prompt, model.text) for prompt in prompts) if options.echo else (),
@@ -229,6 +236,25 @@ def _check_prompt(prompt: Prompt, vocab_size: int, max_tokens: int, param: str) 
     if 0 < max_tokens < len(prompt.token_ids):
         raise PromptTooLong(limit=max_tokens, num_prompt_tokens=len(prompt.token_ids), param=param)
     check_token_ids(prompt.token_ids, vocab_size, param)
+
+
+def _check_echo(prompts: Sequence[Prompt], n: int, logprobs: int) -> None:
+    entries = n * (1 + logprobs) * sum(len(prompt.token_ids) for prompt in prompts)
+    if entries > MAX_ECHO_LOGPROBS:
+        raise InvalidRequest(
+            f"logprobs: an echo of {entries} log-probabilities in all choices, the limit is {MAX_ECHO_LOGPROBS}.",
+            "logprobs",
+        )
+
+
+def check_choices(num_prompts: int, n: int, engine_limit: int, settings: ServiceSettings) -> None:
+    """Raises InvalidRequest for more choices than are allowed, or than the engine's slots and queue hold together."""
+    if n > settings.max_n:
+        raise InvalidRequest(f"n must be at most {settings.max_n}, got {n}.", "n")
+    limit = min(settings.max_choices, engine_limit)
+    if num_prompts * n > limit:
+        message = f"{num_prompts * n} choices in all prompts together, the limit is {limit}."
+        raise InvalidRequest(f"prompt: {message}", "prompt")
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:

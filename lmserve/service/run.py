@@ -42,9 +42,10 @@ class PromptRun:
                 index * request.n + i,
                 self._sampling,
                 text.detokenizer(begins_text=request.begins_text),
-                request.stop,
+                request.stop_patterns,
                 text.table,
                 text_offset=0 if self._echo is None else len(self._echo.text),
+                reports_end=self._echo is not None,
             )
             for i in range(request.n)
         ]

@@ -110,7 +110,9 @@ class EngineServer:
 
 
 @contextlib.contextmanager
-def engine_server(runner: FakeRunner, settings: Settings | None = None) -> Iterator[EngineServer]:
+def engine_server(
+    runner: FakeRunner, settings: Settings | None = None, *, max_waiting: int = 100
+) -> Iterator[EngineServer]:
     """Starts both, and ends both: the engine's books are checked when it is idle and at its end."""
     made.smollm2()
     with EngineThread(runner) as thread, socket.socket() as listening:
@@ -121,7 +123,7 @@ def engine_server(runner: FakeRunner, settings: Settings | None = None) -> Itera
         async def serve() -> None:
             thread.peer.setblocking(False)
             reader, writer = await asyncio.open_connection(sock=thread.peer)
-            engine = AsyncEngine(reader, writer, runner.info, max_waiting=100, name="fake")
+            engine = AsyncEngine(reader, writer, runner.info, max_waiting=max_waiting, name="fake")
             config, log = settings or Settings(), LogStream()
             entry = Entry(engine)
             service = GenerationService(entry, log, config, load_text=lambda _: made.smollm2())

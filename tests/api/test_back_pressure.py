@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 
 from lmserve.engine import async_engine
@@ -71,3 +72,28 @@ def test_a_request_that_waits_hears_that_the_server_is_alive(phase: str) -> None
         runner.allow()
         first.read()
         second.close()
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_again() -> None:
+    runner = GatedRunner(make_info(max_num_seqs=1))
+    with engine_server(runner, max_waiting=1) as server:
+        clients = [server.ask([1, 2, i], 2) for i in range(2)]
+        wait_until(lambda: server.engine.num_live == 2)
+        body = {"prompt": [7], "max_tokens": 1}
+        refused = httpx.post(f"http://127.0.0.1:{server.port}/v1/completions", json=body)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert "1 sequences wait, the limit is 1" in refused.json()["error"]["message"]
+        assert (refused.headers["retry-after"], refused.headers["retry-after-ms"]) == ("1", "1000")
+        runner.allow()
+        for client in clients:
+            client.read()
+
+
+def test_who_is_paused_does_not_fill_the_queue() -> None:
+    with engine_server(SteadyRunner(INFO, seconds=0.0004), max_waiting=1) as server:
+        slow = [server.ask([1, 2, i], LONG) for i in range(9)]
+        wait_until(lambda: server.engine.stats.num_paused == 9)
+        assert server.ask([4, 5, 6], 50).read()
+        for client in slow:
+            client.close()

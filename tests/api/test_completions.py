@@ -154,11 +154,12 @@ def test_an_echo_alone_scores_the_prompt(server: RunningServer) -> None:
 
 
 def test_an_echo_and_its_continuation_have_one_list_of_logprobs(server: RunningServer) -> None:
+    """The token that ended it included: a harness counts an entry for each generated token."""
     logprobs = server.complete(prompt="Once upon a", echo=True, logprobs=0).json()["choices"][0]["logprobs"]
-    assert logprobs["tokens"] == ["Once", " upon", " a", "Hello", " there", "!"]
-    assert logprobs["text_offset"] == [0, 4, 9, 11, 16, 22]
-    assert logprobs["token_logprobs"] == [None, -1.0, -2.0, -0.5, -0.5, -0.5]
-    assert all(len(lists) == 6 for lists in logprobs.values())
+    assert logprobs["tokens"] == ["Once", " upon", " a", "Hello", " there", "!", "<|im_end|>"]
+    assert logprobs["text_offset"] == [0, 4, 9, 11, 16, 22, 23]
+    assert logprobs["token_logprobs"] == [None, -1.0, -2.0, -0.5, -0.5, -0.5, -0.5]
+    assert all(len(lists) == 7 for lists in logprobs.values())
 
 
 def test_no_tokens_without_an_echo(server: RunningServer) -> None:

@@ -76,6 +76,18 @@ def test_the_context_is_too_short(server: RunningServer) -> None:
     assert error_of(server.chat(max_tokens=512))["param"] == "messages"
 
 
+def test_the_context_is_too_short_for_several_choices(server: RunningServer) -> None:
+    error = error_of(server.chat(n=3, stream=True, max_tokens=512))
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+def test_a_body_without_a_media_type(server: RunningServer) -> None:
+    """A web page may send one anywhere without asking first."""
+    with server.http as http:
+        response = http.post("/v1/completions", content=b'{"prompt": "x"}')
+    assert (response.status_code, error_of(response)["code"]) == (415, "unsupported_media_type")
+
+
 def test_an_unknown_model(server: RunningServer) -> None:
     response = server.chat(model="nobody")
     error = error_of(response)

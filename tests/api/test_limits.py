@@ -48,6 +48,24 @@ def strict() -> Any:
         yield server
 
 
+def test_the_limit_of_n_is_blamed_first(strict: RunningServer) -> None:
+    assert refusal(strict.complete(n=5000))["param"] == "n"
+
+
+def test_more_than_the_engine_holds_is_no_full_queue(server: RunningServer) -> None:
+    """It would be refused on an idle server too, so a later try would not help: 8 slots, 1,024 places in the queue."""
+    error = refusal(server.complete(prompt=["x"] * 1033, max_tokens=1))
+    assert error["param"] == "prompt"
+    assert "the limit is 1032" in error["message"]
+
+
+def test_an_echo_of_too_many_logprobs(server: RunningServer) -> None:
+    fields = {"prompt": [5] * 500, "echo": True, "max_tokens": 0, "n": 128}
+    error = refusal(server.complete(**fields, logprobs=20))
+    assert (error["param"], "1344000 log-prob" in error["message"]) == ("logprobs", True)
+    assert server.complete(**fields, logprobs=0).status_code == 200
+
+
 def test_choices(strict: RunningServer) -> None:
     error = refusal(strict.chat(n=3))
     assert (error["param"], error["message"]) == ("n", "n must be at most 2, got 3.")

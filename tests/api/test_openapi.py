@@ -82,7 +82,8 @@ def test_keys_are_documented_where_they_are_asked_for(server: RunningServer) -> 
         refused = guarded.get("/openapi.json")
         assert refused.status_code == 401
         allowed = guarded.get("/openapi.json", {"authorization": "Bearer secret"})
-        assert allowed.json()["security"] == [{"key": []}]
+        assert allowed.json()["security"] == [{"bearer": []}, {"header": []}]
+        assert allowed.json()["paths"]["/health"]["get"]["security"] == []
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -41,11 +41,23 @@ def test_what_is_no_json_is_the_decoders_to_refuse(body: bytes) -> None:
     check_json(body, 64)
 
 
+def test_a_key_that_stands_twice_further_in_has_no_path() -> None:
+    with pytest.raises(InvalidRequest, match="'seed' stands twice") as caught:
+        check_json(b'{"x": [{"seed": 1, "b": 2, "seed": 3}]}', 64)
+    assert caught.value.param is None
+
+
+def test_many_keys_take_one_pass() -> None:
+    """Looked for one by one, these would take minutes."""
+    keys = ",".join(f'"k{i}":0' for i in range(200_000))
+    with pytest.raises(InvalidRequest, match="'k199999' stands twice"):
+        check_json(f'{{{keys},"k199999":0}}'.encode(), 64)
+
+
 @pytest.mark.parametrize(
     ("body", "key"),
     [
         (b'{"a": 1, "a": 1}', "a"),
-        (b'{"x": [{"seed": 1, "b": 2, "seed": 3}]}', "seed"),
         (b'{"\\u0061": 1, "a": 2}', "a"),
     ],
 )

@@ -63,6 +63,8 @@ def test_an_empty_text_has_no_tokens(server: RunningServer) -> None:
         ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
         ("/tokenize", {"prompt": 3}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"messages": MESSAGES, "add_special_tokens": False}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [49152]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),

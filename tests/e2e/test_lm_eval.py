@@ -11,7 +11,10 @@ import pytest
 
 from tests.e2e.serving import Server
 
+CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+"""After its answer the model ends: the harness asks for one more token, which it drops, and gets the end."""
 QUESTIONS = [
+    (CHAT, ["The capital of France is Paris.", "London.", "."], 0),
     ("The capital of France is", [" Paris", " London", " Rome", " a banana"], 0),
     ("Water freezes at a temperature of", [" zero degrees", " ninety degrees", " blue"], 0),
     ("A dog is a kind of", [" fish", " animal", " bridge", " number"], 1),

@@ -61,7 +61,7 @@ def test_the_newer_name_of_max_tokens_beside_null(starter_server: Server) -> Non
         [{"type": "text", "text": "Hello"}, {"type": "text", "text": "there"}],
     ],
 )
-@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool", "function"])
 def test_every_role_and_shape_of_content(starter_server: Server, role: str, content: Any) -> None:
     response = chat(starter_server, messages=[{"role": role, "content": content}, *MESSAGES], max_tokens=2)
     assert response.status_code == 200, response.text

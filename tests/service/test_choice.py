@@ -7,6 +7,7 @@ from lmserve.sampling_params import SamplingParams
 from lmserve.service.choice import Choice
 from lmserve.service.deltas import Finished, StopReason, TextDelta
 from lmserve.service.model_text import ModelText
+from lmserve.service.stop_strings import StopPatterns
 from tests.service import tokenizers_for_tests as made
 
 TEXT = ModelText(made.byte_level())
@@ -15,7 +16,7 @@ EOS = TEXT.eos_token_ids[0]
 
 def choice(*stop: str, min_tokens: int = 0) -> Choice:
     sampling = SamplingParams(max_tokens=100, min_tokens=min_tokens)
-    return Choice(0, sampling, TEXT.detokenizer(begins_text=True), stop, TEXT.table)
+    return Choice(0, sampling, TEXT.detokenizer(begins_text=True), StopPatterns(stop), TEXT.table)
 
 
 def push(
@@ -93,7 +94,9 @@ def test_logprobs_of_a_stop_string_and_of_the_end_are_not_sent() -> None:
 
 def test_offsets_count_from_the_end_of_the_echo() -> None:
     sampling = SamplingParams(max_tokens=100)
-    current = Choice(0, sampling, TEXT.detokenizer(begins_text=False), ("xyz",), TEXT.table, text_offset=10)
+    current = Choice(
+        0, sampling, TEXT.detokenizer(begins_text=False), StopPatterns(["xyz"]), TEXT.table, text_offset=10
+    )
     [delta] = push(current, TEXT.encode_rendered("a\u00e9bx"), logprobs=True)
     assert isinstance(delta, TextDelta)
     assert [position.text_offset for position in delta.logprobs] == [10, 11, 11, 12]
@@ -108,3 +111,15 @@ def test_logprobs_of_half_characters_come_with_the_character() -> None:
     assert isinstance(delta, TextDelta)
     assert [position.sampled.bytes for position in delta.logprobs] == [b"\xc3", b"\xa9"]
     assert [position.text_offset for position in delta.logprobs] == [0, 0]
+
+
+def test_a_scored_end_has_its_entry_where_it_is_asked_for() -> None:
+    """An evaluation harness counts one entry for each generated token, the ending one included."""
+    sampling = SamplingParams(max_tokens=100)
+    detokenizer = TEXT.detokenizer(begins_text=False)
+    current = Choice(0, sampling, detokenizer, StopPatterns(()), TEXT.table, text_offset=7, reports_end=True)
+    scored, finished = push(current, [EOS], FinishReason.STOP, logprobs=True)
+    assert isinstance(scored, TextDelta)
+    assert (scored.text, [entry.sampled.token_id for entry in scored.logprobs]) == ("", [EOS])
+    assert scored.logprobs[0].text_offset == 7
+    assert finished == Finished(0, FinishReason.STOP, StopReason.EOS_FOUND)

@@ -136,7 +136,7 @@ def test_who_cannot_be_served() -> None:
     async def scenario(bench: Bench) -> None:
         with pytest.raises(ModelNotFound):
             await bench.service.prepare_completion("r", "nobody", ["x"], GenerationOptions())
-        with pytest.raises(InvalidRequest, match="the limit is 2048"):
+        with pytest.raises(InvalidRequest, match="the limit is 1032"):
             await bench.complete(*["x"] * 2049)
         bench.entry.state = "loading"
         with pytest.raises(NotReady):

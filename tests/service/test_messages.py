@@ -89,3 +89,10 @@ def test_deep_nesting_is_refused() -> None:
         deep = [deep]
     with pytest.raises(RequestError, match="levels deep"):
         one({"role": "user", "content": "x", "extra": deep})
+
+
+def test_a_call_written_the_old_way_is_a_tool_call() -> None:
+    call = {"name": "f", "arguments": '{"a": 1}'}
+    (message,) = normalize_messages([{"role": "assistant", "content": None, "function_call": call}], "")
+    assert "function_call" not in message
+    assert message["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]

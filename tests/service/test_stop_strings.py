@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmserve.service.stop_strings import StopStrings
+from lmserve.service.stop_strings import StopPatterns, StopStrings
 
 TEXT = st.text("ab", max_size=30)
 STOPS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
@@ -21,7 +21,7 @@ def expected(text: str, stop: list[str]) -> tuple[str, str | None]:
 @settings(max_examples=1000, deadline=None)
 @given(TEXT, STOPS, st.lists(st.integers(0, 30)))
 def test_however_the_text_is_cut(text: str, stop: list[str], cuts: list[int]) -> None:
-    checker = StopStrings(stop)
+    checker = StopStrings(StopPatterns(stop))
     borders = [0, *sorted(cuts), len(text)]
     sent = ""
     for start, end in zip(borders, borders[1:], strict=False):
@@ -34,7 +34,7 @@ def test_however_the_text_is_cut(text: str, stop: list[str], cuts: list[int]) ->
 
 
 def test_nothing_is_held_without_need() -> None:
-    checker = StopStrings(["END"])
+    checker = StopStrings(StopPatterns(["END"]))
     assert checker.push("hello E") == "hello "
     assert checker.push("x") == "Ex"
     assert checker.push("EN") == ""
@@ -42,7 +42,7 @@ def test_nothing_is_held_without_need() -> None:
 
 
 def test_a_match_across_pieces() -> None:
-    checker = StopStrings(["</answer>"])
+    checker = StopStrings(StopPatterns(["</answer>"]))
     assert checker.push("42</ans") == "42"
     assert checker.push("wer> and more") == ""
     assert checker.matched == "</answer>"
@@ -50,6 +50,6 @@ def test_a_match_across_pieces() -> None:
 
 
 def test_no_stop_strings() -> None:
-    checker = StopStrings([])
+    checker = StopStrings(StopPatterns([]))
     assert checker.push("anything") == "anything"
     assert checker.finish() == ""

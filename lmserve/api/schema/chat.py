@@ -26,9 +26,19 @@ MESSAGE = {
                 {
                     "type": "array",
                     "items": {
-                        "type": "object",
-                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                        "required": ["type", "text"],
+                        "anyOf": [
+                            {"type": "string"},
+                            {
+                                "type": "object",
+                                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                                "required": ["type", "text"],
+                            },
+                            {
+                                "type": "object",
+                                "properties": {"type": {"const": "refusal"}, "refusal": {"type": "string"}},
+                                "required": ["type", "refusal"],
+                            },
+                        ]
                     },
                 },
             ]

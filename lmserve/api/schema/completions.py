@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 
@@ -14,6 +14,16 @@ from lmserve.api.schema.usage import UsageAnswer
 from lmserve.errors import InvalidRequest, UnsupportedField
 from lmserve.sampling_params import RANGES
 
+PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "minItems": 1}, "minItems": 1},
+    ]
+}
+"""The four shapes of a prompt, in JSON Schema."""
+
 
 class CompletionRequest(SamplingFields, kw_only=True):
     """The body."""
@@ -23,6 +33,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
         honoured(
             "what to continue; no template is applied",
             kind="string, array of strings, array of token ids, or array of such arrays",
+            schema=PROMPT,
         ),
     ]
     max_tokens: Annotated[
@@ -54,13 +65,13 @@ class CompletionRequest(SamplingFields, kw_only=True):
             return [prompt]
         if not prompt:
             raise InvalidRequest("prompt must not be an empty array.", "prompt")
-        kind = type(prompt[0])
-        for i, item in enumerate(prompt):
-            if type(item) is not kind:
-                raise InvalidRequest("prompt must hold strings, token ids or arrays of token ids only.", f"prompt[{i}]")
+        kind, *others = set(map(type, prompt))
+        if others:
+            i = next(i for i, item in enumerate(prompt) if type(item) is not type(prompt[0]))
+            raise InvalidRequest("prompt must hold strings, token ids or arrays of token ids only.", f"prompt[{i}]")
         if kind is int:
-            return [[item for item in prompt if isinstance(item, int)]]
-        return [item for item in prompt if not isinstance(item, int)]
+            return [cast(list[int], prompt)]
+        return cast(list[str | list[int]], prompt)
 
     def num_logprobs(self) -> int | None:
         """How many likeliest tokens to report at each position; None: no log-probabilities.

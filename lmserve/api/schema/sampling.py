@@ -9,12 +9,13 @@ import msgspec
 from lmserve.api.schema.fields import honoured, ignored, refused
 from lmserve.api.schema.numbers import Int, integer
 from lmserve.errors import InvalidRequest
-from lmserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES
+from lmserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, at_most
 from lmserve.service.request import GenerationOptions
 
 MAX_PRIORITY = 2**31 - 1
-MODELS = "the model's, else 1"
-NO_STRUCTURE = "structured output is not offered yet"
+_MODELS_ELSE_ONE = "the model's, else 1"
+_FROM_MINUS_ONE = {"type": ["integer", "null"], "minimum": -1}
+_NO_STRUCTURE = "structured output is not offered yet"
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
@@ -26,12 +27,14 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     temperature: Annotated[
         float | None,
         honoured(
-            "0 is greedy; 1 samples from the model's own distribution", default=MODELS, allowed=RANGES["temperature"]
+            "0 is greedy; 1 samples from the model's own distribution",
+            default=_MODELS_ELSE_ONE,
+            allowed=RANGES["temperature"],
         ),
     ] = None
     top_p: Annotated[
         float | None,
-        honoured("keep the likeliest tokens up to this share", default=MODELS, allowed=RANGES["top_p"]),
+        honoured("keep the likeliest tokens up to this share", default=_MODELS_ELSE_ONE, allowed=RANGES["top_p"]),
     ] = None
     top_k: Annotated[
         Int,
@@ -39,6 +42,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
             "keep this many of the likeliest tokens",
             default="the model's, else off",
             allowed="at least 0; 0 or -1: off",
+            schema=_FROM_MINUS_ONE,
         ),
     ] = None
     min_p: Annotated[
@@ -51,13 +55,15 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     ] = None
     typical_p: Annotated[
         float | None,
-        honoured("keep the most typical tokens up to this share", default=MODELS, allowed=RANGES["typical_p"]),
+        honoured(
+            "keep the most typical tokens up to this share", default=_MODELS_ELSE_ONE, allowed=RANGES["typical_p"]
+        ),
     ] = None
     repeat_penalty: Annotated[
         float | None,
         honoured(
             "divides the logits of tokens in prompt and output, as transformers defines it; 1: off",
-            default=MODELS,
+            default=_MODELS_ELSE_ONE,
             allowed=RANGES["repeat_penalty"],
         ),
     ] = None
@@ -92,7 +98,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     ] = None
     stop_token_ids: Annotated[
         list[int | float] | None,
-        honoured("tokens that end the output", kind="array of integers", allowed=f"at most {MAX_STOP_TOKEN_IDS}"),
+        honoured(
+            "tokens that end the output",
+            kind="array of integers",
+            allowed=f"at most {MAX_STOP_TOKEN_IDS}",
+            schema={"type": ["array", "null"], "items": {"type": "integer"}, "maxItems": MAX_STOP_TOKEN_IDS},
+        ),
     ] = None
     max_tokens: Annotated[
         Int,
@@ -123,16 +134,16 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         Any, ignored("integer or string", "models stay loaded: idle unloading is not offered yet")
     ] = None
     images: Annotated[Any, refused("array of strings", "images are not offered yet", [])] = None
-    guided_json: Annotated[Any, refused("object", NO_STRUCTURE)] = None
-    guided_regex: Annotated[Any, refused("string", NO_STRUCTURE)] = None
-    guided_choice: Annotated[Any, refused("array of strings", NO_STRUCTURE)] = None
-    guided_grammar: Annotated[Any, refused("string", NO_STRUCTURE)] = None
-    structured_outputs: Annotated[Any, refused("object", NO_STRUCTURE)] = None
-    json_schema: Annotated[Any, refused("object", NO_STRUCTURE)] = None
-    grammar: Annotated[Any, refused("string", NO_STRUCTURE, "")] = None
-    regex: Annotated[Any, refused("string", NO_STRUCTURE)] = None
-    format: Annotated[Any, refused("object or string", NO_STRUCTURE, "")] = None
-    response_format: Annotated[Any, refused("object", NO_STRUCTURE, {"type": "text"})] = None
+    guided_json: Annotated[Any, refused("object", _NO_STRUCTURE)] = None
+    guided_regex: Annotated[Any, refused("string", _NO_STRUCTURE)] = None
+    guided_choice: Annotated[Any, refused("array of strings", _NO_STRUCTURE)] = None
+    guided_grammar: Annotated[Any, refused("string", _NO_STRUCTURE)] = None
+    structured_outputs: Annotated[Any, refused("object", _NO_STRUCTURE)] = None
+    json_schema: Annotated[Any, refused("object", _NO_STRUCTURE)] = None
+    grammar: Annotated[Any, refused("string", _NO_STRUCTURE, "")] = None
+    regex: Annotated[Any, refused("string", _NO_STRUCTURE)] = None
+    format: Annotated[Any, refused("object or string", _NO_STRUCTURE, "")] = None
+    response_format: Annotated[Any, refused("object", _NO_STRUCTURE, {"type": "text"})] = None
 
     @property
     def include_usage(self) -> bool:
@@ -207,9 +218,10 @@ def _same(name: str, value: float | None, alias: str, alias_value: float | None)
 
 def _logit_bias(biases: dict[str, Any]) -> dict[int, float]:
     result = {}
+    at_most("logit_bias", len(biases), MAX_LOGIT_BIAS)
     for key, bias in biases.items():
         path = f"logit_bias.{key}"
-        if not (key.isascii() and key.isdigit() and len(key) < 12):
+        if not (key.isascii() and key.isdigit() and len(key) < 12 and str(int(key)) == key):
             raise InvalidRequest(f"logit_bias: {key[:32]!r} is no token id.", "logit_bias")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)):
             raise InvalidRequest(f"{path} must be a number.", path)
@@ -220,5 +232,6 @@ def _logit_bias(biases: dict[str, Any]) -> dict[int, float]:
 
 
 def _token_ids(values: list[int | float], param: str) -> tuple[int, ...]:
+    at_most(param, len(values), MAX_STOP_TOKEN_IDS)
     ids = (integer(value, f"{param}[{i}]") for i, value in enumerate(values))
     return tuple(token_id for token_id in ids if token_id is not None)

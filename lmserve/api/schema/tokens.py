@@ -14,6 +14,10 @@ from lmserve.service.chat_template import Chat
 _MODEL = honoured("the model's id, a unique end of it, or an alias", default="the one that is loaded")
 
 
+_OF_CHATS = ("chat_template_kwargs", "continue_final_message", "add_generation_prompt")
+_OF_TEXTS = ("add_special_tokens",)
+
+
 class ChatFields(msgspec.Struct, kw_only=True):
     """A chat to be rendered."""
 
@@ -47,7 +51,8 @@ class TokenizeRequest(ChatFields, kw_only=True):
     prompt: Annotated[str | None, honoured("the text")] = None
     content: Annotated[str | None, honoured("another name of prompt")] = None
     add_special_tokens: Annotated[
-        bool | None, honoured("with the tokens that begin a sequence, as /v1/completions has them", default="true")
+        bool | None,
+        honoured("of a text: with the tokens that begin a sequence, as /v1/completions has them", default="true"),
     ] = None
     return_token_strs: Annotated[bool | None, honoured("with each token's text", default="false")] = None
 
@@ -55,11 +60,14 @@ class TokenizeRequest(ChatFields, kw_only=True):
         """The text; None: there is a chat.
 
         Raises:
-            InvalidRequest: there is neither, or more than one.
+            InvalidRequest: there is neither, or more than one, or a field that goes with the other.
         """
         given = [value for value in (self.prompt, self.content, self.messages) if value is not None]
         if len(given) != 1:
             raise InvalidRequest("Exactly one of prompt, content and messages must be given.", "prompt")
+        for name in _OF_TEXTS if self.messages is not None else _OF_CHATS:
+            if getattr(self, name) is not None:
+                raise InvalidRequest(f"{name} does not go with {'messages' if self.messages else 'a text'}.", name)
         return self.content if self.prompt is None else self.prompt
 
 
