@@ -1,6 +1,6 @@
 """What the API process costs for each streamed token, without the model.
 
-    python -m benchmarks.api_process MODELFOLDER [--streams 64] [--tokens 400] [--logprobs]
+    python -m benchmarks.api_process MODELFOLDER [--streams 64] [--tokens 400] [--logprobs] [--loop asyncio]
 
 Three processes: a worker that has a token ready for every stream at every step (it speaks the real messages over a
 real socket), the real API process pinned to one core, and a client on the other cores that reads every stream. In the
@@ -57,7 +57,7 @@ class Figures:
         return 1e6 * self.processor_seconds / self.tokens
 
 
-def run_api(folder: str, streams: int, sock: socket.socket, listening: socket.socket) -> None:
+def run_api(folder: str, streams: int, loop: str, sock: socket.socket, listening: socket.socket) -> None:
     """The API process, with everything but the model manager."""
     pin({0})
 
@@ -72,7 +72,7 @@ def run_api(folder: str, streams: int, sock: socket.socket, listening: socket.so
         await _http(create_app(service, models, log, Config())).serve([listening])
         reading.cancel()
 
-    uvloop.run(serve())
+    (asyncio if loop == "asyncio" else uvloop).run(serve())
 
 
 def run_bare(chunk_size: int, listening: socket.socket) -> None:
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=400, help="tokens of each stream")
     parser.add_argument("--logprobs", action="store_true", help="with the five likeliest tokens at each position")
+    parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop", help="of the API process")
     options = parser.parse_args()
     fields = {"logprobs": True, "top_logprobs": 5} if options.logprobs else {}
     pin(set(range(1, os.cpu_count() or 2)))
@@ -182,7 +183,7 @@ def main() -> None:
     worker = multiprocessing.Process(target=run_worker, args=(theirs,), daemon=True)
     worker.start()
     run = (options.streams, options.tokens, fields)
-    api = measure(run_api, (options.folder, options.streams, ours), *run)
+    api = measure(run_api, (options.folder, options.streams, options.loop, ours), *run)
     worker.terminate()
     bare = measure(run_bare, (api.bytes // api.tokens,), *run)
     print(f"{options.streams} streams of {options.tokens} tokens, {api.bytes // api.tokens} bytes a token\n")

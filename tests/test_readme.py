@@ -58,7 +58,11 @@ def test_the_commands_are_there_and_know_their_options(command: str) -> None:
 
 def test_its_options_and_variables_exist() -> None:
     flags = {key.flag for key in keys().values()} | {"--filter", "--stats", "--json", "--help"}
-    for program in ("serving", "contenders"):  # the benchmark's options, and those it starts its peers with
+    for program in (
+        "serving",
+        "contenders",
+        "api_process",
+    ):  # the benchmark's options, and those it starts its peers with
         flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / f"benchmarks/{program}.py").read_text()))
     variables = {key.variable for key in keys().values()}
     assert set(re.findall(r"(?<![\w-])--[a-z-]+[a-z]", README)) <= flags

@@ -51,7 +51,7 @@ class PackedModelRunner:
         self._device = lane.model.device
         self._scratch_slot = info.num_blocks * info.block_size
         self._known_tokens: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * info.max_num_seqs
-        self._num_prompt_logprobs = [0] * info.max_num_seqs
+        self._num_top_of_prompt = [0] * info.max_num_seqs
         self._last_tokens = torch.zeros(info.max_num_seqs, dtype=torch.int64, device=self._device)
         self._in_flight: _Step | None = None
 
@@ -78,7 +78,7 @@ class PackedModelRunner:
 
     def _take_slot(self, sequence: NewSequence) -> None:
         self._known_tokens[sequence.slot] = np.array(sequence.token_ids, dtype=np.int64)
-        self._num_prompt_logprobs[sequence.slot] = sequence.sampling.prompt_logprobs or 0
+        self._num_top_of_prompt[sequence.slot] = sequence.sampling.prompt_logprobs or 0
         self._state.set_slot(
             sequence.slot,
             sequence.sampling,
@@ -157,7 +157,7 @@ class PackedModelRunner:
     def _prompt_logprobs(self, step: _Step) -> list[TokenLogprobs]:
         if step.scored is None:
             return []
-        return step.scored.to_host([self._num_prompt_logprobs[slot] for slot, _ in _prompt_positions(step.chunks)])
+        return step.scored.to_host([self._num_top_of_prompt[slot] for slot, _ in _prompt_positions(step.chunks)])
 
     def _index(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -8,14 +8,14 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import uvicorn
 
+from benchmarks.api_stub import OneModel
 from lmserve.api.app import create_app
 from lmserve.config import ModelConfig
 from lmserve.engine.async_engine import AsyncEngine
-from lmserve.runtime.interface import RunnerInfo
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
 from tests.api.running_server import PATIENCE, wait_until
@@ -26,31 +26,6 @@ from tests.service import tokenizers_for_tests as made
 
 SEND_BUFFER = 8192
 """Bytes that the kernel keeps for a client that does not read."""
-
-
-@dataclass
-class Entry:
-    """The only model."""
-
-    engine: AsyncEngine
-    config: ModelConfig = field(default_factory=lambda: ModelConfig(model="/models/fake", model_id="fake"))
-    state: str = "loaded"
-    created: int = 0
-    model_id: str = "fake"
-    path: str = "/models/fake"
-
-    @property
-    def info(self) -> RunnerInfo:
-        return self.engine.info
-
-    def entries(self) -> list[Entry]:
-        return [self]
-
-    def resolve(self, name: str | None) -> Entry:
-        return self
-
-    def problem(self) -> str | None:
-        return None
 
 
 class Client:
@@ -125,9 +100,9 @@ def engine_server(
             reader, writer = await asyncio.open_connection(sock=thread.peer)
             engine = AsyncEngine(reader, writer, runner.info, max_waiting=max_waiting, name="fake")
             config, log = settings or Settings(), LogStream()
-            entry = Entry(engine)
-            service = GenerationService(entry, log, config, load_text=lambda _: made.smollm2())
-            app = create_app(service, entry, log, config)
+            models = OneModel(ModelConfig(model="/models/fake", model_id="fake"), engine)
+            service = GenerationService(models, log, config, load_text=lambda _: made.smollm2())
+            app = create_app(service, models, log, config)
             http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", http="httptools"))
             started.append((http, engine))
             reading = asyncio.create_task(engine.run())

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
+from lmserve.api import sse
 from lmserve.api.sse import KEEP_ALIVE, EventStream
 
 SECONDS = 20.0
@@ -113,5 +115,18 @@ def test_no_comments_pile_up_behind_a_stuck_send() -> None:
         await answering
         assert client.body.replace(KEEP_ALIVE, b"") == b"1,2,3,"
         assert client.most_at_once == 1
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+
+
+def test_a_client_that_never_takes_anything_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "SEND_SECONDS", 0.03)
+
+    async def scenario() -> None:
+        numbers, client = Numbers(9), Client(window=1)
+        numbers.start.set()
+        with pytest.raises(ClientDisconnect):
+            await answer(numbers, client, keep_alive=0.01)
+        assert (numbers.closed, numbers.num_made) == (True, 1)
 
     asyncio.run(asyncio.wait_for(scenario(), SECONDS))

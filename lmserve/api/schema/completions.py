@@ -8,7 +8,7 @@ import msgspec
 
 from lmserve.api.schema.fields import honoured, refused
 from lmserve.api.schema.numbers import Int, integer
-from lmserve.api.schema.sampling import SamplingFields
+from lmserve.api.schema.sampling import FROM_MINUS_ONE, SamplingFields
 from lmserve.api.schema.stats import WithStats
 from lmserve.api.schema.usage import UsageAnswer
 from lmserve.errors import InvalidRequest, UnsupportedField
@@ -39,7 +39,10 @@ class CompletionRequest(SamplingFields, kw_only=True):
     max_tokens: Annotated[
         Int,
         honoured(
-            "new tokens at most", default="16", allowed="at least 1, with echo at least 0; -1: what the context leaves"
+            "new tokens at most",
+            default="16",
+            allowed="at least 1, with echo at least 0; -1: what the context leaves",
+            schema=FROM_MINUS_ONE,
         ),
     ] = None
     logprobs: Annotated[

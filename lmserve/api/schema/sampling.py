@@ -13,17 +13,17 @@ from lmserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, 
 from lmserve.service.request import GenerationOptions
 
 MAX_PRIORITY = 2**31 - 1
+MODEL = honoured("the model's id, a unique end of it, or an alias", default="the one that is loaded")
+"""Every body's field ``model``."""
 _MODELS_ELSE_ONE = "the model's, else 1"
-_FROM_MINUS_ONE = {"type": ["integer", "null"], "minimum": -1}
+FROM_MINUS_ONE = {"type": ["integer", "null"], "minimum": -1}
 _NO_STRUCTURE = "structured output is not offered yet"
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
     """What chat and completions have in common. null is the same as absent, for every one."""
 
-    model: Annotated[
-        str | None, honoured("the model's id, a unique end of it, or an alias", default="the one that is loaded")
-    ] = None
+    model: Annotated[str | None, MODEL] = None
     temperature: Annotated[
         float | None,
         honoured(
@@ -42,7 +42,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
             "keep this many of the likeliest tokens",
             default="the model's, else off",
             allowed="at least 0; 0 or -1: off",
-            schema=_FROM_MINUS_ONE,
+            schema=FROM_MINUS_ONE,
         ),
     ] = None
     min_p: Annotated[
@@ -108,7 +108,10 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     max_tokens: Annotated[
         Int,
         honoured(
-            "new tokens at most", default="what the context leaves", allowed="at least 1; -1: what the context leaves"
+            "new tokens at most",
+            default="what the context leaves",
+            allowed="at least 1; -1: what the context leaves",
+            schema=FROM_MINUS_ONE,
         ),
     ] = None
     max_completion_tokens: Annotated[Int, honoured("another name of max_tokens")] = None

@@ -8,11 +8,9 @@ import msgspec
 
 from lmserve.api.schema.chat import MESSAGE
 from lmserve.api.schema.fields import honoured, refused
+from lmserve.api.schema.sampling import MODEL
 from lmserve.errors import InvalidRequest
 from lmserve.service.chat_template import Chat
-
-_MODEL = honoured("the model's id, a unique end of it, or an alias", default="the one that is loaded")
-
 
 _OF_CHATS = ("chat_template_kwargs", "continue_final_message", "add_generation_prompt")
 _OF_TEXTS = ("add_special_tokens",)
@@ -21,7 +19,7 @@ _OF_TEXTS = ("add_special_tokens",)
 class ChatFields(msgspec.Struct, kw_only=True):
     """A chat to be rendered."""
 
-    model: Annotated[str | None, _MODEL] = None
+    model: Annotated[str | None, MODEL] = None
     messages: Annotated[
         list[dict[str, Any]] | None,
         honoured("the chat, as in /v1/chat/completions", schema={"type": ["array", "null"], "items": MESSAGE}),
@@ -65,9 +63,10 @@ class TokenizeRequest(ChatFields, kw_only=True):
         given = [value for value in (self.prompt, self.content, self.messages) if value is not None]
         if len(given) != 1:
             raise InvalidRequest("Exactly one of prompt, content and messages must be given.", "prompt")
-        for name in _OF_TEXTS if self.messages is not None else _OF_CHATS:
+        names, kind = (_OF_CHATS, "a text") if self.messages is None else (_OF_TEXTS, "messages")
+        for name in names:
             if getattr(self, name) is not None:
-                raise InvalidRequest(f"{name} does not go with {'messages' if self.messages else 'a text'}.", name)
+                raise InvalidRequest(f"{name} does not go with {kind}.", name)
         return self.content if self.prompt is None else self.prompt
 
 
@@ -79,7 +78,7 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     """Token ids."""
 
     tokens: Annotated[list[int], honoured("token ids")]
-    model: Annotated[str | None, _MODEL] = None
+    model: Annotated[str | None, MODEL] = None
 
 
 class TokenizeAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
