@@ -1,4 +1,4 @@
-"""``GET /v1/models``, ``/version`` and ``/health``: the answers."""
+"""``GET /v1/models``, ``/api/v0/models``, ``/version`` and ``/health``: the answers."""
 
 from __future__ import annotations
 
