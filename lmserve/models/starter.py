@@ -76,7 +76,7 @@ def ensure_starter(name: str, cache: Path | None = None) -> Path:
     target = models / starter.folder
     if target.is_dir():
         return target
-    source = _find_source(starter)
+    source = find_source(starter)
     try:
         models.mkdir(parents=True, exist_ok=True)
         with _lock(models / f".{starter.folder}.lock") as lock:
@@ -87,8 +87,18 @@ def ensure_starter(name: str, cache: Path | None = None) -> Path:
     return target
 
 
-def _find_source(starter: Starter) -> Path:
-    """Where the installed package has the model. The package is not imported."""
+def made_folder(name: str, cache: Path | None = None) -> Path | None:
+    """The starter's model folder, if ``ensure_starter`` has made it."""
+    folder = (cache or cache_folder()) / "models" / STARTERS[name].folder
+    return folder if folder.is_dir() else None
+
+
+def find_source(starter: Starter) -> Path:
+    """Where the installed package has the model: a GGUF file or a model folder. The package is not imported.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     spec = importlib.util.find_spec(starter.package)
     for location in (spec.submodule_search_locations or ()) if spec else ():
         source = Path(location) / starter.source

@@ -1,69 +1,18 @@
 from __future__ import annotations
 
-import importlib.util
-import json
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
 from lmserve.models.facts import ModelFacts, NotAModel, read_facts
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 8,
-    "max_position_embeddings": 4096,
-}
-WEIGHTS: dict[str, Any] = {"embed.weight": np.zeros((8, 4), np.float16), "lm_head.weight": np.zeros((8, 4), np.float32)}
-
-
-def package_file(package: str, name: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    assert spec
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / name
-
-
-def write_folder(
-    folder: Path,
-    config: Mapping[str, Any] = LLAMA,
-    weights: Mapping[str, Any] | None = None,
-    files: Mapping[str, Any] | None = None,
-) -> Path:
-    """A model folder; ``files`` are texts, or what becomes JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    safetensors.save_file(dict(weights or WEIGHTS), folder / "model.safetensors")
-    for name, content in (files or {}).items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    return folder
-
-
-def write_gguf(
-    path: Path, family: str = "llama", values: Mapping[str, Any] | None = None, tensors: Mapping[str, Any] | None = None
-) -> Path:
-    """Values are int, str or bool."""
-    writer = gguf.GGUFWriter(path, family)
-    for key, value in (values or {}).items():
-        add: Any = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)]
-        add(key, value)
-    for name, array in ({"a.weight": np.zeros((3, 32), np.float32)} if tensors is None else tensors).items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+from tests.models.model_files import LLAMA, package_file, write_folder, write_gguf
 
 
 def test_a_tiny_model_as_transformers_saves_it(tiny_folder: Path) -> None:

