@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 
 from lmserve.models.scan import MAX_DEPTH, hub_cache_folder, scan_hub_cache, scan_models_dir
 from tests.models.model_files import repository, touch
@@ -106,6 +109,27 @@ def test_without_a_main_branch_it_is_the_newest(tmp_path: Path, main: str | None
     folder = repository(tmp_path, "a/b", "config.json", "model.safetensors", commit="old", main=main)
     os.utime(folder / "snapshots" / "old", (1, 1))
     assert [found.path.name for found in scan_hub_cache(tmp_path)] == ["new"]
+
+
+def test_huggingface_hub_finds_the_same(tmp_path: Path) -> None:
+    """Its own look into the cache ends at the same files."""
+    repository(tmp_path, "Org/Model.v1_x-2", "config.json", "model.safetensors", commit="0" * 40, main="0" * 40)
+    repository(tmp_path, "Org/Model.v1_x-2", "config.json", "model.safetensors", commit="1" * 40, main=None)
+    repository(tmp_path, "solo", "config.json", "model.safetensors", commit="2" * 40, main="2" * 40)
+    ours = {found.name: str(found.path / "config.json") for found in scan_hub_cache(tmp_path)}
+    theirs = {repo.repo_id for repo in scan_cache_dir(tmp_path).repos}
+    assert ours == {name: try_to_load_from_cache(name, "config.json", cache_dir=tmp_path) for name in theirs}
+    assert len(ours) == 2
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "OTHER"])
+def test_huggingface_hub_looks_in_the_same_folder(tmp_path: Path, variable: str) -> None:
+    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], variable: str(tmp_path / "$OTHER" / "there")}
+    program = "from huggingface_hub.constants import HF_HUB_CACHE\nfrom lmserve.models.scan import hub_cache_folder\n"
+    command = [sys.executable, "-c", program + "print(HF_HUB_CACHE)\nprint(hub_cache_folder())"]
+    environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    theirs, ours = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout.split()
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(
