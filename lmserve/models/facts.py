@@ -221,7 +221,7 @@ def _gguf_facts(first: Path) -> ModelFacts:
     size = sum(path.stat().st_size for path in parts)
     num_parameters = sum(tensor.num_elements for tensor in tensors)
     if not 0 < num_parameters <= 8 * size:
-        raise NotAModel(f"{first.name}: there are no weights" if tensors else f"{first.name}: it has no tensors")
+        raise NotAModel(f"{first.name}: it has {'more weights than bits' if num_parameters else 'no weights'}")
     pools = _positive(metadata.get(f"{family}.pooling_type")) is not None  # 0 is no pooling
     kind: ModelType = "embeddings" if family in _GGUF_ENCODERS or pools else "llm"
     templates = [

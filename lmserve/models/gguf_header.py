@@ -207,7 +207,7 @@ class _Reader:
         for _ in range(count):
             prefix = read(8)
             position += 8
-            if len(prefix) != 8 or position > self._end:
+            if len(prefix) != 8:
                 raise self._past_the_end()
             (length,) = unpack(prefix)
             position += length

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -249,8 +250,21 @@ def test_a_gguf_file_that_cannot_be_served(tmp_path: Path, family: str, values: 
 
 
 def test_a_vocabulary_alone_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(NotAModel, match="no tensors"):
+    with pytest.raises(NotAModel, match="no weights"):
         read_facts(write_gguf(tmp_path / "model.gguf", tensors={}))
+
+
+def test_a_tensor_of_a_new_kind_is_believed_within_reason(tmp_path: Path) -> None:
+    """How many bytes it takes is not known; that no weight has less than a bit is."""
+    data = write_gguf(tmp_path / "model.gguf").read_bytes()
+    known = struct.pack("<IQQI", 2, 32, 3, 0)
+    assert data.count(known) == 1
+    (tmp_path / "model.gguf").write_bytes(data.replace(known, struct.pack("<IQQI", 2, 32, 3, 99)))
+    facts = read_facts(tmp_path / "model.gguf")
+    assert (facts.num_parameters, facts.quantization) == (96, None)
+    (tmp_path / "model.gguf").write_bytes(data.replace(known, struct.pack("<IQQI", 2, 2**40, 3, 99)))
+    with pytest.raises(NotAModel, match="more weights than bits"):
+        read_facts(tmp_path / "model.gguf")
 
 
 def test_a_split_gguf_file_is_one_model(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,10 +189,18 @@ def test_one_place_is_listed_once(make: MakeRegistry, tmp_path: Path) -> None:
 def test_an_alias_is_another_name(make: MakeRegistry, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "models" / "org" / "model")
     path = write_gguf(tmp_path / "f.gguf")
-    aliases = [("GPT", "model"), ("file", str(path)), ("second", "gpt"), ("hub", "Org/not-here"), ("s", STARTER_IDS[0])]
+    elsewhere = tmp_path / "models" / ".." / "models" / "org" / "model"
+    aliases = [
+        ("GPT", "model"),
+        ("path", str(elsewhere)),
+        ("file", str(path)),
+        ("second", "gpt"),
+        ("hub", "Org/not-here"),
+        ("s", STARTER_IDS[0]),
+    ]
     registry = make([], aliases, models_dir=tmp_path / "models")
     assert summary(registry) == [
-        *((alias, "alias") for alias in ("file", "gpt", "hub", "s", "second")),
+        *((alias, "alias") for alias in ("file", "gpt", "hub", "path", "s", "second")),
         ("org/model", "models_dir"),
     ]
     assert found(registry, "gpt").location == found(registry, "second").location == str(folder)
@@ -267,17 +274,17 @@ def test_a_refresh_reads_only_what_changed(make: MakeRegistry, tmp_path: Path) -
     assert registry.find("stays") is None
 
 
-def test_a_template_that_is_added_is_seen(make: MakeRegistry, tmp_path: Path) -> None:
+def test_a_template_that_is_added_or_changed_is_seen(make: MakeRegistry, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m")
     registry = make([("m", str(folder))])
-    (folder / "additional_chat_templates").mkdir()
-    registry.refresh()
-    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
-    os.utime(folder, (1, 1))
-    registry.refresh()
-    facts = found(registry, "m").facts
-    assert facts
-    assert facts.capabilities == ("completion", "chat", "tools")
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    for text, capabilities in [("{{ x }}", ("completion", "chat")), ("{{ tools }}", ("completion", "chat", "tools"))]:
+        (templates / "one.jinja").write_text(text)
+        registry.refresh()
+        facts = found(registry, "m").facts
+        assert facts
+        assert facts.capabilities == capabilities
 
 
 def test_the_files_of_a_package_can_be_configured_by_path(make: MakeRegistry) -> None:

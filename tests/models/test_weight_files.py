@@ -115,6 +115,7 @@ DAMAGED = {
     "a negative length": (file_of(entry(shape=[-2])), "damaged at 'w'"),
     "a fraction": (file_of(entry(shape=[2.5])), "damaged at 'w'"),
     "a shape without end": (file_of(entry(shape=[2**62] * 10_000)), "damaged at 'w'"),
+    "a shape of many lengths": (file_of(entry(shape=[1] * 17)), "damaged at 'w'"),
     "more elements than bytes": (file_of(entry(shape=[2**40])), "damaged at 'w'"),
     "offsets of nothing": (file_of(entry(data_offsets=[0])), "damaged at 'w'"),
     "offsets backwards": (file_of(entry(data_offsets=[8, 0])), "damaged at 'w'"),
@@ -173,7 +174,7 @@ QUANTIZED: dict[str, tuple[dict[str, Any], str, list[tuple[str, str, tuple[int, 
     "GPTQ of three bits": (
         {"quant_method": "gptq", "bits": 3},
         "GPTQ 3bit",
-        [("q.qweight", "I32", (6, 64)), ("q.qzeros", "I32", (1, 6))],
+        [("q.qweight", "I32", (6, 64)), ("q.qzeros", "I32", (1, 6)), ("position_ids", "I64", (1, 512))],
     ),
     "bitsandbytes 4": (
         BNB4,
