@@ -67,7 +67,7 @@ def run_api(folder: str, streams: int, loop: str, sock: socket.socket, listening
         engine = AsyncEngine(reader, writer, stub_info(streams), max_waiting=10**6, name="bench")
         models, log = OneModel(config, engine), LogStream()
         service = GenerationService(models, log, Config())
-        await service.load_texts()
+        await service.load_texts(models.entries())
         reading = asyncio.create_task(engine.run())
         await _http(create_app(service, models, log, Config())).serve([listening])
         reading.cancel()

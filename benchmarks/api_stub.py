@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 
 from lmserve.config import ModelConfig
 from lmserve.engine.async_engine import AsyncEngine
 from lmserve.engine.connection import ConnectionClosed, WorkerConnection
 from lmserve.engine.messages import AddRequest, Cancel, EngineStats, StepOutputs
+from lmserve.models.facts import ModelFacts
 from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
 from lmserve.runtime.interface import RunnerInfo
 
@@ -25,6 +28,11 @@ class OneModel:
     engine: AsyncEngine
     created: int = 0
     state: str = "loaded"
+    stage: str = ""
+    progress: float = 1.0
+    facts: ModelFacts | None = None
+    just_in_time: bool = True
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def model_id(self) -> str:
@@ -43,6 +51,13 @@ class OneModel:
 
     def resolve(self, name: str | None) -> OneModel:
         return self
+
+    @contextlib.asynccontextmanager
+    async def use(self, name: str | None, ttl_seconds: float | None = None) -> AsyncIterator[OneModel]:
+        yield self
+
+    async def refresh(self) -> None:
+        pass
 
     def problem(self) -> str | None:
         return None

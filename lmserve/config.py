@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -65,6 +65,24 @@ class ModelConfig:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSetup:
+    """How one model is run."""
+
+    config: ModelConfig
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """What its preset says, by the names in a generation config: it applies where neither request, ``default_*`` nor
+    generation config says anything."""
+
+
+SetupModel = Callable[[str, str], ModelSetup]
+"""Takes a model's id, and the folder, file or hub name."""
+
+
+def _plain_setup(model_id: str, model: str) -> ModelSetup:
+    return ModelSetup(ModelConfig(model=model, model_id=model_id))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """What a server runs with. The keys of ``ModelConfig`` are keys beside these; they hold for every model.
@@ -75,9 +93,18 @@ class Config:
 
     model: tuple[str, ...] = _key(
         ("smollm2-135m-instruct",),
-        "local folder, GGUF file, hub name or starter model, or NAME=one of these; may be repeated",
+        "local folder, GGUF file, hub name or starter model, or NAME=one of these, loaded at the start; may be "
+        "repeated; with models_dir there need be none",
         path=True,
         metavar="MODEL",
+    )
+    models_dir: str = _key("", "folder with models: Hugging Face folders and GGUF files, at any depth", path=True)
+    alias: tuple[str, ...] = _key(
+        (), "NAME=MODEL: one more name for a model, which is not loaded at the start; may be repeated", path=True
+    )
+    just_in_time: bool = _key(True, "load a known model when a request first asks for it")
+    ttl_seconds: float = _key(
+        3600.0, "idle time after which a model that a request loaded is unloaded; 0: never", low=0, high=10**9
     )
     host: str = _key("127.0.0.1", "address to listen on")
     port: int = _key(1234, "port to listen on; 0: any free one", low=0, high=65535)
@@ -121,12 +148,10 @@ class Config:
 
     models: tuple[ModelConfig, ...] = ()
     """``model`` and the model keys, resolved: one for each model, ids distinct."""
-    presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """For each model id that a preset fits: its sampling values by their names in a generation config."""
-
-    def preset_sampling(self, model_id: str) -> Mapping[str, float]:
-        """What applies where neither request, ``default_*`` nor generation config says anything; may be empty."""
-        return self.presets.get(model_id, {})
+    aliases: tuple[tuple[str, str], ...] = ()
+    """``alias``, resolved: names and models."""
+    setup: SetupModel = field(default=_plain_setup, compare=False, repr=False)
+    """The configuration of any other model that comes to be known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

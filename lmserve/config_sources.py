@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmserve.config import Config, Key, ModelConfig, format_bytes, keys
+from lmserve.config import Config, Key, ModelConfig, ModelSetup, format_bytes, keys
 from lmserve.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -68,23 +68,47 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str], presets: Itera
     layer = {**_file_layer(Path(path)), **upper} if path else upper
     known = load_presets(configs_folder() / "presets") if presets is None else tuple(presets)
     values = {name: _value(name, layer) for name in keys()}
-    own = {name: values[name] for name in Config.__dataclass_fields__ if name in values}
-    if not values["model"]:
+    if values["models_dir"] and "model" not in layer:
+        values["model"] = ()
+    elif not values["model"]:
         raise ConfigError("model: the list is empty")
-    models: dict[str, ModelConfig] = {}
-    sampling: dict[str, Mapping[str, float]] = {}
-    for text in values["model"]:
-        model_id, model = _split_alias(text)
-        _check_model(model)
-        if model_id in models:
-            raise ConfigError(f"two models are called {model_id!r}; give one of them another name: NAME={model}")
+    own = {name: values[name] for name in Config.__dataclass_fields__ if name in values}
+
+    def setup(model_id: str, model: str) -> ModelSetup:
         preset = _choose_preset(values["preset"], known, model)
         below = preset.layer if preset else {}
-        models[model_id] = _model_config(model_id, model, {**below, **layer})
-        if preset:
-            sampling[model_id] = _sampling_values(below)
+        return ModelSetup(_model_config(model_id, model, {**below, **layer}), _sampling_values(below))
+
+    setup("", "")  # a preset that is not there is known at once
+    named = _named_models(values["model"])
+    aliases = _named_models(values["alias"], "alias")
+    for name in {name.lower() for name in named} & {name.lower() for name in aliases}:
+        raise ConfigError(f"alias {name!r}: a model has this name")
+    _check_models_dir(own["models_dir"])
     _check_tls(own["ssl_certfile"], own["ssl_keyfile"])
-    return Config(**own, models=tuple(models.values()), presets=sampling)
+    models = tuple(setup(model_id, model).config for model_id, model in named.items())
+    return Config(**own, models=models, aliases=tuple(aliases.items()), setup=setup)
+
+
+def _named_models(texts: Iterable[str], key: str = "model") -> dict[str, str]:
+    """Model by id. Ids are distinct whatever their case is."""
+    named: dict[str, str] = {}
+    for text in texts:
+        model_id, model = _split_alias(text)
+        if key == "alias":
+            if model_id != text.partition("=")[0]:
+                raise ConfigError(f"alias {text!r} must be NAME=MODEL")
+        else:
+            _check_model(model)
+        if model_id.lower() in {name.lower() for name in named}:
+            raise ConfigError(f"two models are called {model_id!r}; give one of them another name: NAME={model}")
+        named[model_id] = model
+    return named
+
+
+def _check_models_dir(folder: str) -> None:
+    if folder and not os.path.isdir(folder):
+        raise ConfigError(f"models_dir: there is no folder {folder}")
 
 
 def configs_folder() -> Path:

@@ -11,6 +11,8 @@ LMServeError
 ├── Unavailable              try again later
 │   ├── QueueFull
 │   ├── FirstTokenTimeout    it waited too long for its first token
+│   ├── InsufficientMemory   the model does not fit beside what is loaded
+│   ├── ModelUnloaded        somebody unloaded the model meanwhile
 │   └── NotReady             starting, draining, or the worker is being started again
 └── EngineError              our fault, or the machine's
     ├── ModelLoadFailed
@@ -89,6 +91,14 @@ class QueueFull(Unavailable):
 
 class FirstTokenTimeout(Unavailable):
     """The request waited too long for its first token, and was given up."""
+
+
+class InsufficientMemory(Unavailable):
+    """The model does not fit into the memory that is free, and nothing may be unloaded for it."""
+
+
+class ModelUnloaded(Unavailable):
+    """The model was unloaded while the request ran or waited."""
 
 
 class NotReady(Unavailable):

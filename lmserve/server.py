@@ -18,11 +18,15 @@ from starlette.applications import Starlette
 
 from lmserve import __version__
 from lmserve.api.app import create_app
+from lmserve.api.manage import manage_operations
 from lmserve.config import Config
-from lmserve.errors import ConfigError, ModelLoadFailed
-from lmserve.models.manager import ModelEntry, ModelManager
+from lmserve.errors import ConfigError, LMServeError, ModelLoadFailed
+from lmserve.models.admission import size
+from lmserve.models.entry import ModelEntry
+from lmserve.models.life import Observer
+from lmserve.models.manager import ModelManager
 from lmserve.service.generation import GenerationService
-from lmserve.service.log_stream import LogStream
+from lmserve.service.log_stream import LogStream, LogStreamHandler, runtime_event
 
 EXIT_OK = 0
 EXIT_START_FAILED = 3
@@ -43,10 +47,13 @@ def run(config: Config) -> int:
 async def _serve(config: Config, sock: socket.socket) -> int:
     """Listens at once (``/health`` says what is going on), loads, says so, and drains when told to."""
     log = LogStream()
-    models = ModelManager(config.models, strict_names=config.strict_model_names, on_stage=_say_stage)
-    service = GenerationService(models, log, config)
-    http_server = _HttpServer(_uvicorn_config(config, create_app(service, models, log, config)))
+    teller = _Teller(log)
+    models = ModelManager(config, teller)
+    service = teller.service = GenerationService(models, log, config)
+    app = create_app(service, models, log, config, manage_operations(models, config))
+    http_server = _HttpServer(_uvicorn_config(config, app))
     stopping = _stop_on_signals(http_server)
+    logging.getLogger("lmserve").addHandler(handler := LogStreamHandler(log))
     models.start()
     http = asyncio.create_task(http_server.serve(sockets=[sock]))
     loaded = asyncio.create_task(_load(models, service))
@@ -55,7 +62,7 @@ async def _serve(config: Config, sock: socket.socket) -> int:
         await asyncio.wait({loaded, stop}, return_when=asyncio.FIRST_COMPLETED)
         if loaded.done():
             loaded.result()
-            _announce(config, sock, models.entries())
+            _announce(config, sock, models)
             await stop
             await _drain(models, config.drain_seconds, http_server)
         return EXIT_OK
@@ -70,11 +77,13 @@ async def _serve(config: Config, sock: socket.socket) -> int:
         await asyncio.gather(http, loaded, stop, return_exceptions=True)
         service.close()
         await models.stop()
+        logging.getLogger("lmserve").removeHandler(handler)
 
 
 async def _load(models: ModelManager, service: GenerationService) -> None:
-    """Weights in the workers and tokenizers here, at the same time."""
-    await asyncio.gather(models.wait_loaded(), service.load_texts())
+    """The models that are loaded at the start: weights in the workers and tokenizers here, at the same time."""
+    await models.wait_loaded()
+    await service.load_texts([entry for entry in models.entries() if entry.state == "loaded"])
 
 
 async def _drain(models: ModelManager, seconds: float, http_server: _HttpServer) -> None:
@@ -85,6 +94,44 @@ async def _drain(models: ModelManager, seconds: float, http_server: _HttpServer)
     await asyncio.wait({idle, forced}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     for task in (idle, forced):
         task.cancel()
+
+
+class _Teller(Observer):
+    """Passes on what becomes of models: to the terminal, the log stream, and the service, which has their texts."""
+
+    def __init__(self, log: LogStream) -> None:
+        self.service: GenerationService | None = None
+        self._log = log
+        self._stages: dict[ModelEntry, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def placed(self, entry: ModelEntry) -> None:
+        """The tokenizer is read while the worker reads the weights. If that fails, the first who needs it hears why."""
+        task = asyncio.get_running_loop().create_task(self._load_text(entry))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def staged(self, entry: ModelEntry) -> None:
+        if self._stages.get(entry) != entry.stage:
+            self._stages[entry] = entry.stage
+            print(f"{entry.model_id}: {entry.stage}", file=sys.stderr, flush=True)
+            self._publish(entry, 0 if entry.worker is None else entry.worker.process.pid, entry.stage)
+
+    def said(self, entry: ModelEntry, pid: int, line: str) -> None:
+        self._publish(entry, pid, line)
+
+    def unloaded(self, entry: ModelEntry) -> None:
+        self._stages.pop(entry, None)
+        if self.service is not None:
+            self.service.forget(entry)
+
+    def _publish(self, entry: ModelEntry, pid: int, line: str) -> None:
+        self._log.publish(lambda: runtime_event(entry.model_id, entry.config.device, pid, "info", line))
+
+    async def _load_text(self, entry: ModelEntry) -> None:
+        if self.service is not None:
+            with contextlib.suppress(LMServeError):
+                await self.service.load_texts([entry])
 
 
 class _HttpServer(uvicorn.Server):
@@ -176,14 +223,14 @@ def _listen_unix(path: str) -> socket.socket:
     return sock
 
 
-def _say_stage(model_id: str, stage: str) -> None:
-    print(f"{model_id}: {stage}", file=sys.stderr, flush=True)
-
-
-def _announce(config: Config, sock: socket.socket, entries: list[ModelEntry]) -> None:
-    """What was loaded, where it listens, and one line to try."""
-    for entry in entries:
+def _announce(config: Config, sock: socket.socket, models: ModelManager) -> None:
+    """What was loaded, what else is known, where it listens, and one line to try."""
+    loaded = [entry for entry in models.entries() if entry.state == "loaded"]
+    known = [entry for entry in models.entries() if entry.state == "not-loaded" and entry.known.problem is None]
+    for entry in loaded:
         print(describe(entry), file=sys.stderr)
+    if known and models.just_in_time:
+        print(f"\nLoaded when asked for: {', '.join(entry.model_id for entry in known)}", file=sys.stderr)
     if config.uds:
         url, curl = f"http+unix://{config.uds}", f"curl --unix-socket {config.uds} http://localhost/v1/chat/completions"
     else:
@@ -192,7 +239,8 @@ def _announce(config: Config, sock: socket.socket, entries: list[ModelEntry]) ->
         url = f"{scheme}://{host}:{sock.getsockname()[1]}/v1"
         curl = f"curl {url}/chat/completions"
     key = ' -H "Authorization: Bearer $LMSERVE_API_KEY"' if config.api_key else ""
-    body = f'{{"model": "{entries[0].model_id}", "messages": [{{"role": "user", "content": "Say this is a test!"}}]}}'
+    example = next((entry.model_id for entry in (*loaded, *known)), "NAME")
+    body = f'{{"model": "{example}", "messages": [{{"role": "user", "content": "Say this is a test!"}}]}}'
     print(
         f"\nlmserve {__version__} listens on {url}\nTry:\n"
         f"  {curl}{key} -H 'Content-Type: application/json' -d '{body}'",
@@ -208,12 +256,8 @@ def describe(entry: ModelEntry) -> str:
     return (
         f"\n{entry.model_id}  {info.architecture} from {entry.path}, loaded in {info.load_seconds:.1f} s\n"
         f"  device   {info.device}, {info.dtype}, attention: {info.attention_backend}, {info.lane} lane\n"
-        f"  weights  {info.num_parameters / 1e6:,.1f} M parameters, {_size(info.weight_bytes)}\n"
-        f"  KV cache {info.kv_cache_tokens:,} tokens, {_size(info.kv_cache_bytes)}, blocks of {info.block_size}\n"
+        f"  weights  {info.num_parameters / 1e6:,.1f} M parameters, {size(info.weight_bytes)}\n"
+        f"  KV cache {info.kv_cache_tokens:,} tokens, {size(info.kv_cache_bytes)}, blocks of {info.block_size}\n"
         f"  context  {info.max_model_len:,} tokens; {info.max_num_seqs} sequences at once, "
         f"{info.max_num_batched_tokens} tokens a step"
     )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

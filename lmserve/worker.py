@@ -13,16 +13,28 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 
 from lmserve.config import ModelConfig
 from lmserve.engine.connection import ConnectionClosed, WorkerConnection
 from lmserve.engine.core import EngineCore
 from lmserve.engine.loop import run_engine
-from lmserve.engine.messages import PROTOCOL_VERSION, Hello, Load, LoadFailed, LoadProgress, Ready
+from lmserve.engine.messages import (
+    PROTOCOL_VERSION,
+    Hello,
+    Load,
+    LoadFailed,
+    LoadProgress,
+    Plan,
+    Planned,
+    Ready,
+    Shutdown,
+)
 from lmserve.engine.scheduler import SchedulerConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.build import build_runner
 from lmserve.runtime.interface import FatalRunnerError
+from lmserve.runtime.memory_plan import plan_memory
 from lmserve.runtime.model_runner import PackedModelRunner
 
 PR_SET_PDEATHSIG = 1
@@ -35,13 +47,10 @@ def main(fd: int) -> int:
     connection = WorkerConnection(socket.socket(fileno=fd))
     try:
         connection.send(Hello(PROTOCOL_VERSION, os.getpid()))
-        load = connection.receive()
-        assert isinstance(load, Load)
-        assert load.version == PROTOCOL_VERSION
-        config = ModelConfig(**load.options)  # type: ignore[arg-type]  # checked where it was made
-        runner = _build(config, connection)
-        if runner is None:
+        prepared = _prepare(connection)
+        if prepared is None:
             return 3
+        config, runner = prepared
         core = EngineCore(
             runner,
             SchedulerConfig(
@@ -63,15 +72,37 @@ def main(fd: int) -> int:
     return 0
 
 
-def _build(config: ModelConfig, connection: WorkerConnection) -> PackedModelRunner | None:
+def _prepare(connection: WorkerConnection) -> tuple[ModelConfig, PackedModelRunner] | None:
+    """Says what the model would take, as often as it is asked, and loads it. None: it cannot, and has said so.
+
+    Raises:
+        ConnectionClosed: nobody wants it any more.
+    """
+    model = ""
     try:
-        return build_runner(config, lambda stage, fraction: connection.send(LoadProgress(stage, fraction)))
+        while True:
+            message = connection.receive()
+            if isinstance(message, Shutdown):
+                raise ConnectionClosed
+            assert isinstance(message, Plan | Load), type(message).__name__
+            config = ModelConfig(**message.options)  # type: ignore[arg-type]  # checked where it was made
+            model = config.model
+            if isinstance(message, Load):
+                reserved, say = message.reserved_bytes, _progress_to(connection)
+                return config, build_runner(config, say, reserved_bytes=reserved)
+            connection.send(Planned(plan_memory(config, message.reserved_bytes)))
     except ModelLoadFailed as error:
         connection.send(LoadFailed(str(error)))
+    except ConnectionClosed:
+        raise
     except Exception as error:
         traceback.print_exc()
-        connection.send(LoadFailed(f"{config.model}: {type(error).__name__}: {error}"))
+        connection.send(LoadFailed(f"{model}: {type(error).__name__}: {error}"))
     return None
+
+
+def _progress_to(connection: WorkerConnection) -> Callable[[str, float], None]:
+    return lambda stage, fraction: connection.send(LoadProgress(stage, fraction))
 
 
 def _die_with_parent() -> None:

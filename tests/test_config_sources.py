@@ -173,13 +173,14 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_presets_are_found_by_name(model: str, preset: str | None) -> None:
     config = resolve({"model": [model]}, {})
     chosen = resolve({"model": [model], "preset": preset or "none"}, {})
-    assert config.presets == chosen.presets
-    assert bool(config.preset_sampling(config.models[0].model_id)) == (preset is not None)
+    assert config.setup("x", model).sampling == chosen.setup("x", model).sampling
+    assert bool(config.setup("x", model).sampling) == (preset is not None)
 
 
 def test_presets_are_found_by_model_type(tmp_path: Path) -> None:
-    config = resolve({"model": [str(model_folder(tmp_path / "my-own", "gpt_oss"))]}, {})
-    assert config.preset_sampling("my-own") == {"temperature": 1.0, "top_p": 1.0}
+    folder = str(model_folder(tmp_path / "my-own", "gpt_oss"))
+    config = resolve({"model": [folder]}, {})
+    assert config.setup("my-own", folder).sampling == {"temperature": 1.0, "top_p": 1.0}
 
 
 def test_a_presets_values_stay_below_the_checkpoints_and_keep_their_names() -> None:
@@ -189,7 +190,7 @@ def test_a_presets_values_stay_below_the_checkpoints_and_keep_their_names() -> N
     ]
     config = resolve(MODEL, {}, presets)
     assert config.default_repeat_penalty is None
-    assert config.preset_sampling("model") == {"repetition_penalty": 1.2}
+    assert config.setup("model", "some/model").sampling == {"repetition_penalty": 1.2}
     assert config.models[0].block_size == 64
     assert resolve({**MODEL, "preset": "a"}, {}, presets).models[0].block_size == 32
     assert resolve({**MODEL, "preset": "none"}, {}, presets).models[0].block_size == 16

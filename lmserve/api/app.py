@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -18,7 +20,13 @@ from lmserve.api.errors import error_response
 from lmserve.api.generate import GenerationEndpoint
 from lmserve.api.health import HealthEndpoint
 from lmserve.api.log import LogEndpoint
-from lmserve.api.middleware import REQUEST_ID_HEADER, ApiKeyMiddleware, ErrorMiddleware, RequestIdMiddleware
+from lmserve.api.middleware import (
+    REQUEST_ID_HEADER,
+    AccessLogMiddleware,
+    ApiKeyMiddleware,
+    ErrorMiddleware,
+    RequestIdMiddleware,
+)
 from lmserve.api.models import ModelsEndpoint
 from lmserve.api.openapi import OpenApiEndpoint, Operation
 from lmserve.api.schema.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
@@ -42,14 +50,23 @@ from lmserve.service.log_stream import LogStream
 from lmserve.service.protocols import Models
 
 
-def create_app(service: GenerationService, models: Models, log: LogStream, config: ApiSettings) -> Starlette:
-    """The application. It owns nothing: models, threads and the log live as long as their maker wants."""
-    operations = _operations(service, models, log, config)
+def create_app(
+    service: GenerationService,
+    models: Models,
+    log: LogStream,
+    config: ApiSettings,
+    more: Sequence[Operation] = (),
+) -> Starlette:
+    """The application, with ``more`` operations than those it has always.
+
+    It owns nothing: models, threads and the log live as long as their maker wants.
+    """
+    operations = [*_operations(service, models, log, config), *more]
     document = OpenApiEndpoint(operations, with_keys=bool(config.api_key)).document
     routes = [Route(o.path, o.endpoint, methods=[o.method]) for o in operations]
     routes.append(Route("/openapi.json", document, methods=["GET"]))
     handlers = {HTTPException: _refuse, LMServeError: _refuse}
-    app = Starlette(routes=routes, middleware=_middleware(config), exception_handlers=handlers)
+    app = Starlette(routes=routes, middleware=_middleware(config, log), exception_handlers=handlers)
     app.router.redirect_slashes = False
     return app
 
@@ -60,7 +77,7 @@ def _operations(service: GenerationService, models: Models, log: LogStream, conf
         *_generating(service, config, "/v1", with_stats=False),
         *_generating(service, config, "/api/v0", with_stats=True),
         *_about_tokens(service, models, config),
-        *_about_the_server(service, models, log, config),
+        *_about_the_server(models, log, config),
     ]
 
 
@@ -128,15 +145,13 @@ def _about_tokens(service: GenerationService, models: Models, config: ApiSetting
     ]
 
 
-def _about_the_server(
-    service: GenerationService, models: Models, log: LogStream, config: ApiSettings
-) -> list[Operation]:
-    model_list, health = ModelsEndpoint(models, service), HealthEndpoint(models)
+def _about_the_server(models: Models, log: LogStream, config: ApiSettings) -> list[Operation]:
+    model_list, health = ModelsEndpoint(models), HealthEndpoint(models)
     cannot = {503: "It cannot, and why"}
     query = {"types": "only these types, with commas between", "token_ids": "1: with token ids"}
     stream = LogEndpoint(log, config).stream
     return [
-        Operation("GET", "/v1/models", model_list.list, "The loaded models", answer=ModelList),
+        Operation("GET", "/v1/models", model_list.list, "The models that can be asked", answer=ModelList),
         Operation("GET", "/v1/models/{model_id:path}", model_list.retrieve, "One model, by its id", answer=ModelItem),
         Operation(
             "GET", "/api/v0/models", model_list.details, "All models, as LM Studio lists them", answer=ModelDetailsList
@@ -152,7 +167,7 @@ def _about_the_server(
     ]
 
 
-def _middleware(config: ApiSettings) -> list[Middleware]:
+def _middleware(config: ApiSettings, log: LogStream) -> list[Middleware]:
     """From the outermost to the innermost."""
     cors = Middleware(
         CORSMiddleware,
@@ -163,6 +178,7 @@ def _middleware(config: ApiSettings) -> list[Middleware]:
     )
     return [
         Middleware(RequestIdMiddleware),
+        Middleware(AccessLogMiddleware, log=log),
         *([cors] if config.cors_origins else []),
         Middleware(ErrorMiddleware),
         *([Middleware(ApiKeyMiddleware, keys=config.api_key)] if config.api_key else []),

@@ -26,9 +26,11 @@ from lmserve.service.generation import GenerationService
 from lmserve.service.request import GenerationRequest
 
 
-async def _prepare(service: GenerationService, request_id: str, body: ChatCompletionRequest) -> GenerationRequest:
+async def _prepare(
+    service: GenerationService, request_id: str, model_id: str, body: ChatCompletionRequest
+) -> GenerationRequest:
     options = body.options(body.num_logprobs())
-    return await service.prepare_chat(request_id, body.model, body.chat(), options)
+    return await service.prepare_chat(request_id, model_id, body.chat(), options)
 
 
 class ChatRenderer(Renderer[ChatChunkChoice]):

@@ -16,9 +16,11 @@ from lmserve.service.generation import GenerationService
 from lmserve.service.request import GenerationRequest
 
 
-async def _prepare(service: GenerationService, request_id: str, body: CompletionRequest) -> GenerationRequest:
+async def _prepare(
+    service: GenerationService, request_id: str, model_id: str, body: CompletionRequest
+) -> GenerationRequest:
     options = replace(body.options(body.num_logprobs()), echo=bool(body.echo))
-    return await service.prepare_completion(request_id, body.model, body.prompts(), options)
+    return await service.prepare_completion(request_id, model_id, body.prompts(), options)
 
 
 class CompletionRenderer(Renderer[CompletionChoice]):

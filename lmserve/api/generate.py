@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -134,9 +134,18 @@ class Dialect(Generic[B]):
 
     body: type[B]
     id_prefix: str
-    prepare: Callable[[GenerationService, str, B], Awaitable[GenerationRequest]]
-    """Service, request id and body -> the request. Its errors speak of our names of the parameters."""
+    prepare: Callable[[GenerationService, str, str, B], Awaitable[GenerationRequest]]
+    """Service, request id, model id and body -> the request. Its errors speak of our names of the parameters."""
     renderer: Callable[[Outline], Renderer[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked(Generic[B]):
+    """A body, and what of it was checked before the answer begins."""
+
+    wire: B
+    include_usage: bool
+    ttl_seconds: float | None
 
 
 class GenerationEndpoint(Generic[B]):
@@ -151,20 +160,47 @@ class GenerationEndpoint(Generic[B]):
         self._with_stats = with_stats
 
     async def create(self, request: Request) -> ASGIApp:
-        """When the client goes away the generation is cancelled at once."""
+        """When the client goes away the generation is cancelled at once.
+
+        A model that is not loaded is loaded first. A stream waits for that with its headers, so that a refusal has a
+        status of its own, until it is time for a comment: these say how far the load is.
+        """
         wire, ignored = await read_request(request, self._dialect.body, self._settings)
-        include_usage = wire.include_usage
-        with in_clients_words(wire.names()):
-            generation = await self._dialect.prepare(self._service, new_id(self._dialect.id_prefix), wire)
-        renderer = self._dialect.renderer(self._outline(generation, include_usage))
+        asked = _Asked(wire, wire.include_usage, wire.ttl_seconds())
         headers = ignored_header(ignored + wire.ignored())
-        deltas = self._service.stream(generation)
         if wire.stream:
-            chunks = renderer.chunks(deltas)
-            return EventStream(chunks, keep_alive=self._settings.keep_alive_seconds, headers=headers)
-        async with aclosing(deltas):
-            answer = await unless_disconnected(request.receive, collect(deltas, generation.num_choices))
-        return Response(renderer.whole(answer), headers=headers, media_type="application/json")
+            return EventStream(
+                self._chunks(asked),
+                keep_alive=self._settings.keep_alive_seconds,
+                headers=headers,
+                status=lambda: self._service.loading(wire.model),
+            )
+        body = await unless_disconnected(request.receive, self._whole(asked))
+        return Response(body, headers=headers, media_type="application/json")
+
+    async def _chunks(self, asked: _Asked[B]) -> AsyncGenerator[bytes, None]:
+        async with (
+            self._prepared(asked) as (generation, renderer),
+            aclosing(renderer.chunks(self._service.stream(generation))) as chunks,
+        ):
+            async for chunk in chunks:
+                yield chunk
+
+    async def _whole(self, asked: _Asked[B]) -> bytes:
+        async with (
+            self._prepared(asked) as (generation, renderer),
+            aclosing(self._service.stream(generation)) as deltas,
+        ):
+            return renderer.whole(await collect(deltas, generation.num_choices))
+
+    @asynccontextmanager
+    async def _prepared(self, asked: _Asked[B]) -> AsyncIterator[tuple[GenerationRequest, Renderer[Any]]]:
+        """The checked request and its renderer; the model stays loaded until the context ends."""
+        dialect, wire = self._dialect, asked.wire
+        async with self._service.use(wire.model, asked.ttl_seconds) as model_id:
+            with in_clients_words(wire.names()):
+                generation = await dialect.prepare(self._service, new_id(dialect.id_prefix), model_id, wire)
+            yield generation, dialect.renderer(self._outline(generation, asked.include_usage))
 
     def _outline(self, generation: GenerationRequest, include_usage: bool) -> Outline:
         return Outline(

@@ -6,6 +6,7 @@ import hmac
 import logging
 import re
 import secrets
+import time
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmserve.api.errors import error_response
+from lmserve.service.log_stream import LogStream, server_event
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,33 @@ class RequestIdMiddleware:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class AccessLogMiddleware:
+    """Tells the log stream of every request that has been answered. Free when nobody listens."""
+
+    def __init__(self, app: ASGIApp, log: LogStream) -> None:
+        self._app = app
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._log.num_subscriptions:
+            await self._app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), "no answer"
+
+        async def send_noting_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting_status)
+        finally:
+            seconds, request_id = time.perf_counter() - began, scope["lmserve.request_id"]
+            text = f"{scope['method']} {scope['path']} {status} in {seconds:.3f} s ({request_id})"
+            self._log.publish(lambda: server_event("info", text))
 
 
 class ErrorMiddleware:

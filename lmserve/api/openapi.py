@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class Operation:
     body: type[msgspec.Struct] | None = None
     answer: type[msgspec.Struct] | None = None
     """``ErrorAnswer``: it never gives another one."""
+    other_answer: type[msgspec.Struct] | None = None
+    """To bodies that ask for something else."""
     chunk: type[msgspec.Struct] | None = None
     """What one event of a stream holds."""
     query: Mapping[str, str] | None = None
@@ -59,7 +62,7 @@ class OpenApiEndpoint:
 
 def openapi(operations: Sequence[Operation], *, with_keys: bool) -> dict[str, Any]:
     """The document. ``with_keys``: the server asks for one."""
-    answers = {kind for o in operations for kind in (o.answer, o.chunk) if kind is not None}
+    answers = {kind for o in operations for kind in (o.answer, o.other_answer, o.chunk) if kind is not None}
     _, components = msgspec.json.schema_components(_by_name({*answers, ErrorAnswer}), ref_template=_REF)
     bodies = {o.body for o in operations if o.body is not None}
     components |= {body.__name__: body_schema(body) for body in _by_name(bodies)}
@@ -115,7 +118,8 @@ def _field(row: Field, kind: Any) -> dict[str, Any]:
 def _operation(operation: Operation) -> dict[str, Any]:
     content = {}
     if operation.answer is not None:
-        content[_JSON] = {"schema": _ref(operation.answer)}
+        kinds = [kind for kind in (operation.answer, operation.other_answer) if kind is not None]
+        content[_JSON] = {"schema": _ref(kinds[0]) if len(kinds) == 1 else {"anyOf": [_ref(kind) for kind in kinds]}}
     if operation.chunk is not None or operation.answer is None:
         content[_EVENTS] = {"schema": _event(operation.chunk)}
     described: dict[str, Any] = {
@@ -154,8 +158,10 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
         {"name": name, "in": "query", "description": text, "schema": {"type": "string"}}
         for name, text in (operation.query or {}).items()
     ]
-    if "{model_id:path}" in operation.path:
-        parameters.append({"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}})
+    parameters += [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)(?::path)?}", operation.path)
+    ]
     return parameters
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import NoReturn, TypeVar
 
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 SEND_SECONDS = 600.0
 """How long a client may leave a stream unread: its request keeps its place in the queue meanwhile."""
+STATUS_SECONDS = 1.0
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -63,15 +64,25 @@ class EventStream:
 
     A client that reads slowly keeps ``send`` waiting; no event is fetched meanwhile, and that it is gone is noticed all
     the same. One that takes nothing for ``SEND_SECONDS`` counts as gone.
+
+    ``status``: what keeps the first event waiting, for the comments; empty when there is nothing to say. Once the
+    headers are sent a new status is told within ``STATUS_SECONDS``.
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], *, keep_alive: float, headers: Mapping[str, str] | None = None
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        keep_alive: float,
+        headers: Mapping[str, str] | None = None,
+        status: Callable[[], str] = str,
     ) -> None:
         self._events = events
         self._keep_alive = keep_alive
         self._headers = headers or {}
+        self._status = status
         self._started = False
+        self._waiting = True
         self._sending = asyncio.Lock()
         self._last_sent = 0.0
 
@@ -91,19 +102,24 @@ class EventStream:
     async def _keep_saying(self, send: Send) -> NoReturn:
         """Comments in long silences. While a send is stuck the client gets what it does not read anyway."""
         clock = asyncio.get_running_loop().time
+        said = ""
         while True:
             silence = clock() - self._last_sent
             if silence >= SEND_SECONDS and self._sending.locked():
                 raise ClientDisconnect
-            if silence >= self._keep_alive and not self._sending.locked():
-                await self._emit(send, KEEP_ALIVE)
-                silence = 0.0
-            await asyncio.sleep(self._keep_alive - silence if silence < self._keep_alive else self._keep_alive)
+            status = self._status() if self._waiting else ""
+            news = self._started and status != said and status != ""
+            if (silence >= self._keep_alive or news) and not self._sending.locked():
+                await self._emit(send, f": {status}\n\n".encode() if status else KEEP_ALIVE)
+                said, silence = status, 0.0
+            pause = self._keep_alive - silence if silence < self._keep_alive else self._keep_alive
+            await asyncio.sleep(min(pause, STATUS_SECONDS) if status and self._started else pause)
 
     async def _write(self, send: Send, gone: asyncio.Future[None]) -> None:
         try:
             async with aclosing(self._events) as events:
                 async for chunk in events:
+                    self._waiting = False
                     await self._emit(send, chunk)
                     if gone.done():  # a send that was stuck comes back now; what waits behind it is for nobody
                         return

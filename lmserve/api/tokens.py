@@ -30,25 +30,29 @@ class TokensEndpoint:
     async def tokenize(self, request: Request) -> Response:
         body, ignored = await read_request(request, TokenizeRequest, self._settings)
         text, chat = body.text(), body.chat()
-        if chat is not None:
-            tokens = (await self._service.render(body.model, chat)).token_ids
-        else:
-            special = body.add_special_tokens is not False
-            tokens = await self._service.tokenize(body.model, text or "", add_special_tokens=special)
-        strings = await self._service.token_strings(body.model, tokens) if body.return_token_strs else None
-        limit = self._service.context_length(body.model)
+        async with self._service.use(body.model) as model:
+            if chat is not None:
+                tokens = (await self._service.render(model, chat)).token_ids
+            else:
+                special = body.add_special_tokens is not False
+                tokens = await self._service.tokenize(model, text or "", add_special_tokens=special)
+            strings = await self._service.token_strings(model, tokens) if body.return_token_strs else None
+            limit = self._service.context_length(model)
         return _json(TokenizeAnswer(len(tokens), limit, tokens, strings), ignored)
 
     async def detokenize(self, request: Request) -> Response:
         body, ignored = await read_request(request, DetokenizeRequest, self._settings)
-        return _json(DetokenizeAnswer(await self._service.detokenize(body.model, body.tokens)), ignored)
+        async with self._service.use(body.model) as model:
+            text = await self._service.detokenize(model, body.tokens)
+        return _json(DetokenizeAnswer(text), ignored)
 
     async def apply_template(self, request: Request) -> Response:
         body, ignored = await read_request(request, ApplyTemplateRequest, self._settings)
         chat = body.chat()
         if chat is None:
             raise InvalidRequest("messages is required.", "messages")
-        prompt = await self._service.render(body.model, chat)
+        async with self._service.use(body.model) as model:
+            prompt = await self._service.render(model, chat)
         assert prompt.text is not None, "a rendered chat has a text"
         return _json(ApplyTemplateAnswer(prompt.text, len(prompt.token_ids), prompt.token_ids), ignored)
 

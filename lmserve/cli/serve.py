@@ -5,15 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lmserve.config import Config, Key, format_bytes, keys
+from lmserve.config import Key, format_bytes, keys
 from lmserve.config_sources import resolve
-from lmserve.models.starter import STARTERS, cache_folder, ensure_starter
 
 EPILOG = (
     "Each option is also a variable (--max-num-seqs: LMSERVE_MAX_NUM_SEQS) and a key of the file given with --config "
@@ -74,26 +71,7 @@ def _help(key: Key) -> str:
 def serve(models: list[str] | None = None, **flags: Any) -> int:
     """Serve models to OpenAI clients."""
     flags["model"] = [*(models or ()), *(flags.get("model") or ())] or None
-    config = place_starters(
-        resolve({name: None if value == [] else value for name, value in flags.items()}, os.environ)
-    )
+    config = resolve({name: None if value == [] else value for name, value in flags.items()}, os.environ)
     from lmserve.server import run  # noqa: PLC0415  (starlette and uvicorn: not for --help, nor for a bad configuration)
 
     return run(config)
-
-
-def place_starters(config: Config) -> Config:
-    """The configuration with starter models' names replaced by their folders, made now if they are not there.
-
-    Raises:
-        ConfigError: a starter's package is not installed.
-        ModelLoadFailed: it cannot be converted.
-    """
-    cache = Path(config.cache) if config.cache else cache_folder()
-    placed = tuple(
-        replace(model, model=str(ensure_starter(model.model.lower(), cache)))
-        if model.model.lower() in STARTERS and not Path(model.model).exists()
-        else model
-        for model in config.models
-    )
-    return replace(config, models=placed)

@@ -21,7 +21,7 @@ from lmserve.engine.messages import (
     decode_from_worker,
     encode,
 )
-from lmserve.errors import InvalidRequest, QueueFull, WorkerDied
+from lmserve.errors import InvalidRequest, LMServeError, QueueFull, WorkerDied
 from lmserve.outputs import RequestOutput
 from lmserve.runtime.interface import RunnerInfo
 
@@ -40,17 +40,17 @@ class _Mailbox:
         self.num_sequences = num_sequences
         self.num_unread_tokens = 0
         self.is_paused = False
-        self._outputs: asyncio.Queue[RequestOutput | WorkerDied] = asyncio.Queue()
+        self._outputs: asyncio.Queue[RequestOutput | LMServeError] = asyncio.Queue()
 
-    def put(self, output: RequestOutput | WorkerDied) -> None:
+    def put(self, output: RequestOutput | LMServeError) -> None:
         self._outputs.put_nowait(output)
         if isinstance(output, RequestOutput):
             self.num_unread_tokens += _num_tokens(output)
 
     async def take(self) -> RequestOutput:
-        """The next output. Raises ``WorkerDied`` in its turn."""
+        """The next output. Raises why there are no more in its turn."""
         output = await self._outputs.get()
-        if isinstance(output, WorkerDied):
+        if isinstance(output, LMServeError):
             raise output
         self.num_unread_tokens -= _num_tokens(output)
         return output
@@ -98,6 +98,7 @@ class AsyncEngine:
         self._num_live_sequences = 0
         self._num_paused_sequences = 0
         self._dead = False
+        self._end: LMServeError | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -107,7 +108,7 @@ class AsyncEngine:
         return len(self._live)
 
     async def run(self) -> None:
-        """Passes the worker's messages on until it is gone. The manager runs this as a task."""
+        """Passes the worker's messages on until it is gone. Cancelled, it only stops: ``shut_down`` says why."""
         try:
             while True:
                 message = await read_message(self._reader)
@@ -118,9 +119,10 @@ class AsyncEngine:
                     if mailbox is not None:
                         self._deliver(mailbox, output)
         except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
             self._die()
+        except Exception:
+            self._die()
+            raise
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of all ``sampling.n`` choices, until each has a finish reason.
@@ -130,6 +132,7 @@ class AsyncEngine:
         Raises:
             QueueFull: too many wait already.
             WorkerDied: the worker is gone, before or while the request ran.
+            LMServeError: the reason that ``shut_down`` was given.
         """
         mailbox = self._admit(request)
         unfinished = request.sampling.n
@@ -156,10 +159,12 @@ class AsyncEngine:
         """Returns when no request is alive."""
         await self._idle.wait()
 
-    def shut_down(self) -> None:
-        """Tells the worker to end now."""
+    def shut_down(self, reason: LMServeError | None = None) -> None:
+        """Tells the worker to end now. ``reason``: what live requests are told, and any that come still."""
+        self._end = reason
         if not self._dead:
             self._send(Shutdown())
+            self._die()
 
     def _deliver(self, mailbox: _Mailbox, output: RequestOutput) -> None:
         mailbox.put(output)
@@ -175,7 +180,7 @@ class AsyncEngine:
 
     def _admit(self, request: AddRequest) -> _Mailbox:
         if self._dead:
-            raise WorkerDied(f"The worker of model {self._name} has ended; it is being started again.")
+            raise self._end or WorkerDied(f"The worker of model {self._name} has ended; it is being started again.")
         waiting = self._num_live_sequences - self._num_paused_sequences - self.info.max_num_seqs
         if waiting >= self._max_waiting:
             raise QueueFull(
@@ -201,7 +206,10 @@ class AsyncEngine:
         self._writer.write(encode(message))
 
     def _die(self) -> None:
+        """Nobody hears anything after it; the first reason counts."""
+        if self._dead:
+            return
         self._dead = True
         self._writer.close()
         for mailbox in self._live.values():
-            mailbox.put(WorkerDied(f"The worker of model {self._name} ended while the request ran."))
+            mailbox.put(self._end or WorkerDied(f"The worker of model {self._name} ended while the request ran."))

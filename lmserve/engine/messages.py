@@ -1,9 +1,9 @@
 """What the API process and a worker say to each other.
 
-A message is a msgpack-encoded tagged struct behind a 4-byte big-endian length. The worker speaks first (``Hello``), the
-API process answers with ``Load``; then requests, cancels, pauses and resumes flow one way and one ``StepOutputs`` per
-engine step the other. A wrong version or a frame over ``MAX_MESSAGE_BYTES`` ends the connection: both sides ship
-together, so either is a bug, not something to negotiate.
+A message is a msgpack-encoded tagged struct behind a 4-byte big-endian length. The worker speaks first (``Hello``); the
+API process asks what the model would take (``Plan``, as often as it likes) and has it loaded (``Load``); then requests,
+cancels, pauses and resumes flow one way and one ``StepOutputs`` per engine step the other. A wrong version or a frame
+over ``MAX_MESSAGE_BYTES`` ends the connection: both sides ship together, so either is a bug, nothing to negotiate.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import msgspec
 
 from lmserve.outputs import RequestOutput
-from lmserve.runtime.interface import RunnerInfo
+from lmserve.runtime.interface import MemoryPlan, RunnerInfo
 from lmserve.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 64 * 2**20
 HEADER = struct.Struct(">I")
 
@@ -29,11 +29,28 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     pid: int
 
 
-class Load(msgspec.Struct, tag=True, frozen=True):
-    """API process: load this model. ``options`` is the worker's configuration (``lmserve.config.ModelConfig``)."""
+Options = dict[str, str | int | float | bool | None]
+"""A worker's configuration (``lmserve.config.ModelConfig``)."""
 
-    version: int
-    options: dict[str, str | int | float | bool | None]
+
+class Plan(msgspec.Struct, tag=True, frozen=True):
+    """API process: what would this model take? ``reserved_bytes`` of the free memory are kept for others."""
+
+    options: Options
+    reserved_bytes: int
+
+
+class Planned(msgspec.Struct, tag=True, frozen=True):
+    """Worker: this."""
+
+    plan: MemoryPlan
+
+
+class Load(msgspec.Struct, tag=True, frozen=True):
+    """API process: load this model; of what is free, leave ``reserved_bytes``."""
+
+    options: Options
+    reserved_bytes: int = 0
 
 
 class LoadProgress(msgspec.Struct, tag=True, frozen=True):
@@ -50,7 +67,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 
 class LoadFailed(msgspec.Struct, tag=True, frozen=True):
-    """Worker: the model cannot be loaded; the process ends."""
+    """Worker: the model can be neither planned nor loaded; the process ends."""
 
     reason: str
 
@@ -116,8 +133,8 @@ class StepOutputs(msgspec.Struct, tag=True, frozen=True):
     stats: EngineStats
 
 
-ToWorker = Load | AddRequest | Cancel | Pause | Resume | Shutdown
-FromWorker = Hello | LoadProgress | Ready | LoadFailed | StepOutputs
+ToWorker = Plan | Load | AddRequest | Cancel | Pause | Resume | Shutdown
+FromWorker = Hello | Planned | LoadProgress | Ready | LoadFailed | StepOutputs
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -1,98 +1,92 @@
-"""Which models there are, in which state, and who keeps their workers alive."""
+"""Which models there are, in which state; who is loaded when, and for how long."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
+import math
+import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from lmserve.config import ModelConfig
-from lmserve.engine.async_engine import AsyncEngine
-from lmserve.errors import ModelLoadFailed, ModelNotFound, NotReady, WorkerDied
-from lmserve.models.worker_process import WorkerProcess, start_worker
-from lmserve.runtime.interface import RunnerInfo
+from lmserve.config import Config
+from lmserve.errors import InvalidRequest, ModelLoadFailed, ModelNotFound, ModelUnloaded, NotReady
+from lmserve.models.admission import Admission, size
+from lmserve.models.entry import RETRY_SECONDS, LoadOptions, ModelEntry, Origin
+from lmserve.models.life import Life, Observer, placed
+from lmserve.models.names import find_entry
+from lmserve.models.registry import KnownModel, Registry
+from lmserve.models.scan import hub_cache_folder
+from lmserve.models.starter import cache_folder
+from lmserve.models.worker_process import Worker
+from lmserve.runtime.interface import MemoryPlan
 
 logger = logging.getLogger(__name__)
 
-FIRST_BACKOFF_SECONDS = 0.5
-LONGEST_BACKOFF_SECONDS = 30.0
-MAX_LOADING_DEATHS = 3
-"""Workers in a row that may die while loading (killed for memory, say) before the model is given up."""
-STABLE_SECONDS = 60.0
-"""A worker that lived this long is forgiven its predecessors' deaths."""
-
-State = Literal["loading", "loaded", "failed"]
+REFRESH_SECONDS = 2.0
+"""How long what was found on the disk is good for those who list it."""
+_IDENTIFIER = re.compile(r"[\w.:@/-]{1,200}")
 
 
-@dataclass(slots=True)
-class ModelEntry:
-    """One model as the server knows it."""
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a model would take, and what would have to go for it."""
 
-    config: ModelConfig
-    created: int = field(default_factory=lambda: int(time.time()))
-    state: State = "loading"
-    stage: str = "starting"
-    """What a loading model is doing, for people."""
-    failure: str | None = None
-    """Why it is failed, or why the last worker ended."""
-    restarts: int = 0
-    worker: WorkerProcess | None = None
-
-    @property
-    def model_id(self) -> str:
-        return self.config.model_id
-
-    @property
-    def path(self) -> str:
-        """Local folder, GGUF file or hub name."""
-        return self.config.model
-
-    @property
-    def info(self) -> RunnerInfo | None:
-        return None if self.worker is None else self.worker.engine.info
-
-    @property
-    def engine(self) -> AsyncEngine:
-        """Raises NotReady unless the model is loaded."""
-        if self.worker is None or self.state != "loaded":
-            reason = f": {self.failure}" if self.failure else f" ({self.stage})"
-            raise NotReady(f"Model {self.model_id} is {self.state}{reason}", retry_after=2.0)
-        return self.worker.engine
+    model_id: str
+    plan: MemoryPlan
+    leaving: list[str]
+    fits: bool
+    """Once those have gone."""
+    message: str
 
 
 class ModelManager:
-    """Owns one entry and one supervising task for each configured model.
+    """Owns an entry for each known model and each further instance, and a ``Life`` for each that is loaded.
 
-    A supervisor loads the model, waits for its worker's end, and starts it again with a growing pause. A model that
-    cannot be loaded is failed for good: the reason would not change by itself.
+    Runs on one event loop. A model is loaded at the start, by a person, or just in time by the first request; requests
+    that come meanwhile wait for the same load. ``use`` keeps it loaded; once nobody does and its time is over, it goes.
     """
 
-    def __init__(
-        self,
-        configs: Sequence[ModelConfig],
-        *,
-        strict_names: bool = False,
-        on_stage: Callable[[str, str], None] | None = None,
-    ) -> None:
-        self._entries = {config.model_id: ModelEntry(config) for config in configs}
-        self._strict_names = strict_names
-        self._on_stage = on_stage
-        self._supervisors: list[asyncio.Task[None]] = []
+    def __init__(self, config: Config, observer: Observer | None = None) -> None:
+        cache = Path(config.cache) if config.cache else cache_folder()
+        self._config = config
+        self._observer = observer or Observer()
+        self._starter_cache = cache
+        self._registry = Registry(
+            [(model.model_id, model.model) for model in config.models],
+            config.aliases,
+            models_dir=Path(config.models_dir) if config.models_dir else None,
+            hub_cache=hub_cache_folder(),
+            starter_cache=cache,
+        )
+        self._entries: dict[str, ModelEntry] = {}
+        self._lives: dict[ModelEntry, Life] = {}
+        self._timers: dict[ModelEntry, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._admission = Admission(self.entries, self._evict)
         self._draining = False
         self._changed = asyncio.Condition()
+        self._refreshed_at = -math.inf
+        self._refreshing = asyncio.Lock()
+        self._registry.refresh()
+        self._take_known()
 
     def entries(self) -> list[ModelEntry]:
+        """Every model that the server knows, in whatever state."""
         return list(self._entries.values())
 
-    def resolve(self, name: str | None) -> ModelEntry:
-        """The entry a client means.
+    @property
+    def just_in_time(self) -> bool:
+        """Whether requests load models."""
+        return self._config.just_in_time
 
-        Its id; or what stands behind the id's slash, or where the model comes from (a hub name, say), if that is one
-        model's alone; or any name if there is only one model and names are not strict.
+    def resolve(self, name: str | None) -> ModelEntry:
+        """The entry a client means, loaded or not (``find_entry``).
 
         Raises:
             ModelNotFound: with the names there are.
@@ -100,48 +94,137 @@ class ModelManager:
         """
         if self._draining:
             raise NotReady("The server is shutting down.", retry_after=5.0)
-        if name is not None:
-            exact = self._entries.get(name)
-            if exact is not None:
-                return exact
-            alike = [entry for entry in self._entries.values() if _is_other_name(entry, name)]
-            if len(alike) == 1:
-                return alike[0]
-        if len(self._entries) == 1 and (name is None or not self._strict_names):
-            return next(iter(self._entries.values()))
-        known = ", ".join(self._entries)
-        asked = "No model was named" if name is None else f"Model {name!r} is not loaded"
-        raise ModelNotFound(f"{asked}. Your models: {known}.", "model")
+        return find_entry(self.entries(), name, strict=self._config.strict_model_names)
+
+    async def refresh(self, *, now: bool = False) -> None:
+        """Look again which models there are on the disk, unless that was done a moment ago."""
+        async with self._refreshing:
+            if now or time.monotonic() - self._refreshed_at > REFRESH_SECONDS:
+                await asyncio.to_thread(self._registry.refresh)
+                self._refreshed_at = time.monotonic()
+                self._take_known()
+
+    @contextlib.asynccontextmanager
+    async def use(self, name: str | None, ttl_seconds: float | None = None) -> AsyncIterator[ModelEntry]:
+        """The model a client means, loaded if need be; it stays loaded until the context ends.
+
+        ``ttl_seconds``: idle time that it has afterwards if a request has loaded it; infinity for ever, None as it is.
+
+        Raises:
+            ModelNotFound: no such model, or it is not loaded and just-in-time loading is off.
+            NotReady, InsufficientMemory, ModelLoadFailed, ModelUnloaded: it cannot be had now.
+        """
+        entry = await self._find(name)
+        entry.num_users += 1
+        self._disarm(entry)
+        try:
+            await self._ensure_loaded(entry, ttl_seconds)
+            yield entry
+        finally:
+            entry.num_users -= 1
+            if not entry.num_users:
+                entry.idle_since = time.monotonic()
+                self._arm(entry)
+
+    async def load(
+        self, name: str, options: LoadOptions, begun: Callable[[ModelEntry], None] = lambda entry: None
+    ) -> ModelEntry:
+        """Load a model for a person. Loaded already (just in time, say), it becomes that person's.
+
+        ``begun`` is told which entry it is, before it is loaded.
+
+        Cancelled, the load ends too, unless somebody else waits for it.
+
+        Raises:
+            InvalidRequest: it is loaded in another way already, or the identifier cannot be one.
+            ModelNotFound, NotReady, InsufficientMemory, ModelLoadFailed, ModelUnloaded: as ``use``.
+        """
+        entry = self._instance(await self._find(name), options)
+        await self._wait_if_ending(entry)
+        if entry in self._lives:
+            if options.configure(entry.config) != entry.config:
+                raise InvalidRequest(
+                    f"Model {entry.model_id} is loaded with other settings: unload it, or give another identifier.",
+                    "model",
+                )
+        else:
+            _check_servable(entry)
+            entry.config = options.configure(entry.config)
+            self._begin(entry, force=options.force)
+        entry.origin, entry.ttl_seconds = Origin.PERSON, options.ttl_seconds
+        entry.num_users += 1
+        self._disarm(entry)
+        begun(entry)
+        try:
+            await self._wait_ready(entry)
+        except asyncio.CancelledError:
+            if entry.num_users == 1 and entry.state == "loading":
+                self._spawn(self._lives[entry].end(ModelUnloaded(f"The load of {entry.model_id} was cancelled.")))
+            raise
+        finally:
+            entry.num_users -= 1
+            entry.idle_since = time.monotonic()
+            self._arm(entry)
+        return entry
+
+    async def estimate(self, name: str, options: LoadOptions) -> Estimate:
+        """What the model would take if it were loaded now. Raises as ``load``."""
+        known = await self._find(name)
+        _check_servable(known)
+        entry = self._new_entry(known.known)
+        entry.config = await placed(options.configure(entry.config), self._starter_cache)
+        worker = await Worker.start(lambda pid, line: self._observer.said(entry, pid, line))
+        try:
+            plan = await worker.plan(entry.config, self._admission.reserved_bytes(entry))
+        finally:
+            await worker.stop()
+        leaving = [] if plan.fits else [e.model_id for e in self._admission.leaving(entry, plan)]
+        return Estimate(entry.model_id, plan, leaving, plan.fits or bool(leaving), self._admission.explain(entry, plan))
+
+    async def unload(self, model_id: str) -> int:
+        """End a model that is loaded or loading, and its requests. Returns the bytes that are free again.
+
+        Raises:
+            ModelNotFound: there is none of this name.
+        """
+        wanted = model_id.lower()
+        for entry, life in self._lives.items():
+            if entry.model_id.lower() == wanted:
+                # Shielded: who asked may go away, the model goes all the same.
+                return await asyncio.shield(self._spawn(self._end(life, "was unloaded")))
+        loaded = ", ".join(entry.model_id for entry in self._lives) or "none"
+        raise ModelNotFound(f"Model {model_id[:200]!r} is not loaded. Loaded: {loaded}.", "instance_id")
 
     def problem(self) -> str | None:
         """Why the server is not healthy, or None."""
         if self._draining:
             return "draining"
         for entry in self._entries.values():
-            if entry.state != "loaded":
-                detail = entry.failure if entry.state == "failed" else entry.failure or entry.stage
-                return f"model {entry.model_id} is {entry.state}: {detail}"
+            begins = entry.state == "loading" and (entry.origin is Origin.START or entry.restarts)
+            if begins or entry.state == "failed":
+                return f"model {entry.model_id} is {entry.state}: {entry.failure or entry.stage}"
         return None
 
     def start(self) -> None:
-        """Begins to load every model; returns at once."""
-        self._supervisors = [
-            asyncio.create_task(self._supervise(entry), name=f"supervise {entry.model_id}")
-            for entry in self._entries.values()
-        ]
+        """Begins to load the models that are loaded at the start; returns at once."""
+        for config in self._config.models:
+            entry = self._entries[config.model_id.lower()]
+            entry.origin = Origin.START
+            self._begin(entry)
 
     async def wait_loaded(self) -> None:
-        """Returns when every model is loaded.
+        """Returns when every model is loaded that is at the start.
 
         Raises:
             ModelLoadFailed: one of them cannot be.
         """
+        entries = [self._entries[config.model_id.lower()] for config in self._config.models]
         async with self._changed:
             while True:
-                for entry in self._entries.values():
+                for entry in entries:
                     if entry.state == "failed":
                         raise ModelLoadFailed(entry.failure or "unknown reason")
-                if all(entry.state == "loaded" for entry in self._entries.values()):
+                if all(entry.state != "loading" for entry in entries):
                     return
                 await self._changed.wait()
 
@@ -150,65 +233,165 @@ class ModelManager:
         self._draining = True
 
     async def wait_idle(self) -> None:
-        """Returns when no request is alive on any worker."""
-        await asyncio.gather(*(e.worker.engine.wait_idle() for e in self._entries.values() if e.worker is not None))
+        """Returns when no request needs any model."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not any(entry.num_users for entry in self._entries.values()))
 
     async def stop(self) -> None:
         """Ends every worker. Nothing is left behind, also when a model is still loading."""
         self._draining = True
-        for task in self._supervisors:
-            task.cancel()
-        await asyncio.gather(*self._supervisors, return_exceptions=True)
-        self._supervisors = []
+        for timer in self._timers.values():
+            timer.cancel()
+        reason = NotReady("The server is shutting down.", retry_after=5.0)
+        await asyncio.gather(*(life.end(reason) for life in self._lives.values()))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _supervise(self, entry: ModelEntry) -> None:
-        backoff = FIRST_BACKOFF_SECONDS
-        loading_deaths = 0
-        while True:
-            began = time.monotonic()
-            try:
-                await self._load_and_run(entry)
-            except ModelLoadFailed as error:
-                await self._set_state(entry, "failed", str(error))
-                return
-            except WorkerDied as error:
-                reason = str(error)
-            loading_deaths = 0 if entry.state == "loaded" else loading_deaths + 1
-            if loading_deaths == MAX_LOADING_DEATHS:
-                await self._set_state(entry, "failed", reason)
-                return
-            if time.monotonic() - began > STABLE_SECONDS:
-                backoff = FIRST_BACKOFF_SECONDS
-            logger.error("%s It is started again in %.1f s.", reason, backoff)
-            entry.restarts += 1
-            await self._set_state(entry, "loading", reason)
-            await asyncio.sleep(backoff)
-            backoff = min(2 * backoff, LONGEST_BACKOFF_SECONDS)
-
-    async def _load_and_run(self, entry: ModelEntry) -> None:
-        """One worker's life. Always ends in an exception; the process is gone by then."""
-        worker = await start_worker(entry.config, lambda stage, fraction: self._say_stage(entry, stage))
-        entry.worker = worker
+    async def _find(self, name: str | None) -> ModelEntry:
+        """As ``resolve``; looks on the disk before it gives up."""
         try:
-            await self._set_state(entry, "loaded", None)
-            await worker.engine.run()
-        finally:
-            entry.worker = None
-            with contextlib.suppress(Exception):
-                await worker.stop()
-        code = worker.process.returncode
-        raise WorkerDied(f"The worker of model {entry.model_id} ended by itself (exit code {code}).")
+            return self.resolve(name)
+        except ModelNotFound:
+            await self.refresh()
+            return self.resolve(name)
 
-    def _say_stage(self, entry: ModelEntry, stage: str) -> None:
-        entry.stage = stage
-        if self._on_stage is not None:
-            self._on_stage(entry.model_id, stage)
+    async def _ensure_loaded(self, entry: ModelEntry, ttl_seconds: float | None) -> None:
+        await self._wait_if_ending(entry)
+        _check_servable(entry)
+        if entry.state == "not-loaded":
+            if not self.just_in_time:
+                raise ModelNotFound(
+                    f"Model {entry.model_id} is not loaded, and just-in-time loading is off. Load it with: "
+                    f"lmserve load {entry.model_id}",
+                    "model",
+                )
+            if self._draining:
+                raise NotReady("The server is shutting down.", retry_after=5.0)
+            self._begin(entry)
+            entry.origin, entry.ttl_seconds = Origin.REQUEST, self._config.ttl_seconds or None
+        if ttl_seconds is not None and entry.is_just_in_time:
+            entry.ttl_seconds = None if math.isinf(ttl_seconds) else ttl_seconds
+        if entry.state == "loading" and not entry.restarts:
+            await self._wait_ready(entry)
 
-    async def _set_state(self, entry: ModelEntry, state: State, failure: str | None) -> None:
-        entry.state, entry.failure = state, failure
+    async def _wait_ready(self, entry: ModelEntry) -> None:
+        """Raises why it cannot be loaded, to each who waits; or NotReady if that takes too long."""
+        seconds = self._config.first_token_seconds
+        ready = self._lives[entry].ready
+        await asyncio.wait({ready}, timeout=seconds)
+        if not ready.done():
+            raise NotReady(
+                f"Model {entry.model_id} has been loading for {seconds:g} seconds ({entry.stage}).", RETRY_SECONDS
+            )
+        if (error := ready.result()) is not None:
+            raise copy.copy(error)
+
+    async def _wait_if_ending(self, entry: ModelEntry) -> None:
+        while (life := self._lives.get(entry)) is not None and life.is_ending:
+            await life.ended()
+            await asyncio.sleep(0)  # whoever was told first takes it off the list
+
+    def _instance(self, entry: ModelEntry, options: LoadOptions) -> ModelEntry:
+        """The entry itself, or another one of the same model for another identifier."""
+        identifier = options.identifier
+        if identifier is None or identifier.lower() == entry.model_id.lower():
+            return entry
+        if not _IDENTIFIER.fullmatch(identifier):
+            raise InvalidRequest(
+                "identifier must have 1 to 200 letters, digits or characters of . _ - : @ /", "identifier"
+            )
+        other = self._entries.get(identifier.lower())
+        if other is not None and other.known.location != entry.known.location:
+            raise InvalidRequest(f"identifier: another model is called {other.model_id}.", "identifier")
+        if other is None:
+            other = self._entries[identifier.lower()] = self._new_entry(entry.known, identifier)
+        return other
+
+    def _begin(self, entry: ModelEntry, *, force: bool = False) -> None:
+        life = Life(
+            entry,
+            self._admission,
+            self._observer,
+            starter_cache=self._starter_cache,
+            force=force,
+            changed=self._tell_changed,
+        )
+        self._lives[entry] = life
+        self._spawn(self._forget(life))
+
+    async def _forget(self, life: Life) -> None:
+        """When the life has ended, the entry is as if it had never been loaded."""
+        await life.ended()
+        entry = life.entry
+        self._disarm(entry)
+        if self._lives.get(entry) is life:
+            del self._lives[entry]
+        if entry.state == "not-loaded":
+            entry.config = self._new_entry(entry.known, entry.model_id).config
+            if self._registry.find(entry.model_id) is None and not entry.num_users:
+                self._entries.pop(entry.model_id.lower(), None)
+
+    async def _evict(self, entry: ModelEntry) -> None:
+        await self._end(self._lives[entry], "was unloaded to make room for another model")
+
+    async def _end(self, life: Life, why: str) -> int:
+        freed = await life.end(ModelUnloaded(f"Model {life.entry.model_id} {why}.", RETRY_SECONDS))
+        logger.info("Model %s %s: %s are free again.", life.entry.model_id, why, size(freed))
+        await asyncio.sleep(0)
+        return freed
+
+    def _arm(self, entry: ModelEntry) -> None:
+        """An idle model's time begins."""
+        if self._draining:
+            self._spawn(self._tell_changed())
+        self._disarm(entry)
+        left = entry.ttl_left_seconds
+        if left is not None:
+            self._timers[entry] = asyncio.get_running_loop().call_later(left, self._expire, entry)
+
+    def _disarm(self, entry: ModelEntry) -> None:
+        if (timer := self._timers.pop(entry, None)) is not None:
+            timer.cancel()
+
+    def _expire(self, entry: ModelEntry) -> None:
+        life = self._lives.get(entry)
+        if entry.is_idle and life is not None and not life.is_ending:
+            self._spawn(self._end(life, f"was idle for {entry.ttl_seconds:g} seconds and is unloaded"))
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _tell_changed(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
+    def _take_known(self) -> None:
+        """Entries for what is known now; those that nobody uses and that are known no more go."""
+        known = {model.model_id.lower(): model for model in self._registry.models()}
+        for name, model in known.items():
+            entry = self._entries.get(name)
+            if entry is None:
+                self._entries[name] = self._new_entry(model)
+            elif entry.known.location == model.location:
+                entry.known = model
+            elif not entry.is_live and not entry.num_users:
+                self._entries[name] = self._new_entry(model)
+        for name, entry in list(self._entries.items()):
+            if name not in known and not entry.is_live and not entry.num_users:
+                del self._entries[name]
 
-def _is_other_name(entry: ModelEntry, name: str) -> bool:
-    return name in (entry.model_id.rpartition("/")[2], entry.path)
+    def _new_entry(self, model: KnownModel, model_id: str | None = None) -> ModelEntry:
+        """``model_id``: the name of a further instance."""
+        setup = self._config.setup(model_id or model.model_id, model.location)
+        configured = {config.model_id.lower(): config for config in self._config.models}
+        return ModelEntry(model, configured.get(setup.config.model_id.lower(), setup.config), setup.sampling)
+
+
+def _check_servable(entry: ModelEntry) -> None:
+    """Raises for what is known to be no model that generates."""
+    if entry.known.problem is not None and entry.known.facts is None:
+        raise ModelLoadFailed(f"Model {entry.model_id} cannot be loaded: {entry.known.problem}")
+    if entry.known.facts is not None and entry.known.facts.type == "embeddings":
+        raise InvalidRequest(f"Model {entry.model_id} makes embeddings: it cannot generate text.", "model")

@@ -61,6 +61,11 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "lmserve"
 
 
+def is_starter(model: str) -> bool:
+    """Whether a model, as people write it, is one of the starters; a folder of such a name goes first."""
+    return model.lower() in STARTERS and not Path(model).exists()
+
+
 def ensure_starter(name: str, cache: Path | None = None) -> Path:
     """The starter's model folder under ``CACHE/models``; made first if it is not there (half a minute, said on stderr).
 

@@ -1,4 +1,4 @@
-"""Starting one worker process, loading its model, ending it."""
+"""Starting one worker process, asking what a model would take, loading it, ending it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,31 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+
+import psutil
 
 from lmserve.config import ModelConfig
 from lmserve.engine.async_engine import AsyncEngine, read_message
-from lmserve.engine.messages import PROTOCOL_VERSION, Hello, Load, LoadFailed, LoadProgress, Ready, encode
-from lmserve.errors import ModelLoadFailed, WorkerDied
+from lmserve.engine.messages import (
+    PROTOCOL_VERSION,
+    FromWorker,
+    Hello,
+    Load,
+    LoadFailed,
+    LoadProgress,
+    Plan,
+    Planned,
+    Ready,
+    ToWorker,
+    encode,
+)
+from lmserve.errors import LMServeError, ModelLoadFailed, WorkerDied
+from lmserve.runtime.interface import MemoryPlan
 
 TERMINATE_SECONDS = 5.0
+LINE_BYTES = 1 << 16
+"""What a worker may write to its standard error without a line's end before it counts as a line."""
 WORKER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
         # Without it MKL's float32 products depend on how a thread's buffer is aligned, so that a request's logits have
@@ -28,69 +44,115 @@ WORKER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 """What a worker's libraries are told. The user's own values win."""
 
 Progress = Callable[[str, float], None]
+Say = Callable[[int, str], None]
+"""Takes the process id and a line that the worker wrote to its standard error."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerProcess:
-    """A worker that has its model loaded, and the engine that talks to it."""
+class Worker:
+    """A process without a model, then with one. Owns the process and the connection to it.
 
-    process: subprocess.Popen[bytes]
-    engine: AsyncEngine
-
-    async def stop(self) -> None:
-        """Ends the process: by message, then by force."""
-        self.engine.shut_down()
-        await end_process(self.process, grace=TERMINATE_SECONDS)
-
-
-async def start_worker(config: ModelConfig, progress: Progress) -> WorkerProcess:
-    """Starts a process and waits until its model is loaded. A cancelled start leaves no process behind.
-
-    Raises:
-        ModelLoadFailed: the model cannot be loaded; trying again would not help.
-        WorkerDied: the process ended by itself while loading.
+    What it writes to its standard error goes to ours, and line by line to ``say``.
     """
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lmserve.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env={**WORKER_ENVIRONMENT, **os.environ},
-            start_new_session=True,  # a Ctrl-C at the terminal is the API process's to handle
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        lines: asyncio.Task[None],
+    ) -> None:
+        self.process = process
+        self._reader = reader
+        self._writer = writer
+        self._lines = lines
+        self._engine: AsyncEngine | None = None
+
+    @classmethod
+    async def start(cls, say: Say) -> Worker:
+        """Returns when the process can be talked to. A cancelled start leaves no process behind.
+
+        Raises:
+            WorkerDied: it ended by itself.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lmserve.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={**WORKER_ENVIRONMENT, **os.environ},
+                start_new_session=True,  # a Ctrl-C at the terminal is the API process's to handle
+            )
+        ours.setblocking(False)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        worker = cls(process, reader, writer, asyncio.create_task(_forward_lines(process, say)))
+        try:
+            hello = await worker._receive()
+        except BaseException:
+            await worker.stop(grace=0.0)
+            raise
+        assert isinstance(hello, Hello)
+        assert hello.version == PROTOCOL_VERSION
+        return worker
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """Of the loaded model."""
+        assert self._engine is not None, "load comes first"
+        return self._engine
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the process has now; 0 when it has ended."""
+        try:
+            return int(psutil.Process(self.process.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    async def plan(self, config: ModelConfig, reserved_bytes: int) -> MemoryPlan:
+        """What the model would take of what is free now, less what is reserved.
+
+        Raises:
+            ModelLoadFailed: it cannot be loaded, whatever is free.
+            WorkerDied: the process ended.
+        """
+        self._send(Plan(config.to_options(), reserved_bytes))
+        message = await self._receive()
+        assert isinstance(message, Planned), type(message).__name__
+        return message.plan
+
+    async def load(self, config: ModelConfig, reserved_bytes: int, progress: Progress) -> None:
+        """Returns when the model can answer. Raises as ``plan`` does."""
+        self._send(Load(config.to_options(), reserved_bytes))
+        while not isinstance(message := await self._receive(), Ready):
+            assert isinstance(message, LoadProgress), type(message).__name__
+            progress(message.stage, message.fraction)
+        self._engine = AsyncEngine(
+            self._reader, self._writer, message.info, max_waiting=config.max_waiting, name=config.model_id
         )
-    ours.setblocking(False)
-    reader, writer = await asyncio.open_connection(sock=ours)
-    try:
-        info = await _load(reader, writer, config, progress)
-    except BaseException as error:
-        writer.close()
-        await end_process(process, grace=0.0)
-        if isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
-            code = process.returncode
-            raise WorkerDied(
-                f"The worker of model {config.model_id} ended while loading (exit code {code})."
-            ) from error
-        raise
-    engine = AsyncEngine(reader, writer, info.info, max_waiting=config.max_waiting, name=config.model_id)
-    return WorkerProcess(process, engine)
 
+    async def stop(self, reason: LMServeError | None = None, grace: float = TERMINATE_SECONDS) -> None:
+        """Ends the process: by message, then by force. ``reason``: what requests that still run are told."""
+        if self._engine is not None:
+            self._engine.shut_down(reason)
+        else:
+            self._writer.close()
+        await end_process(self.process, grace)
+        await self._lines
 
-async def _load(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, config: ModelConfig, progress: Progress
-) -> Ready:
-    hello = await read_message(reader)
-    assert isinstance(hello, Hello)
-    assert hello.version == PROTOCOL_VERSION
-    writer.write(encode(Load(PROTOCOL_VERSION, config.to_options())))
-    while True:
-        message = await read_message(reader)
-        if isinstance(message, Ready):
-            return message
+    def _send(self, message: ToWorker) -> None:
+        self._writer.write(encode(message))
+
+    async def _receive(self) -> FromWorker:
+        try:
+            message = await read_message(self._reader)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            await end_process(self.process, grace=TERMINATE_SECONDS)
+            raise WorkerDied(f"The worker ended while loading (exit code {self.process.returncode}).") from error
         if isinstance(message, LoadFailed):
             raise ModelLoadFailed(message.reason)
-        assert isinstance(message, LoadProgress)
-        progress(message.stage, message.fraction)
+        return message
 
 
 async def end_process(process: subprocess.Popen[bytes], grace: float) -> None:
@@ -100,3 +162,26 @@ async def end_process(process: subprocess.Popen[bytes], grace: float) -> None:
         return
     process.kill()
     await asyncio.to_thread(process.wait)
+
+
+async def _forward_lines(process: subprocess.Popen[bytes], say: Say) -> None:
+    """Until the process and all who inherited its standard error have ended."""
+    assert process.stderr is not None
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), process.stderr
+    )
+    rest = b""
+    try:
+        while piece := await reader.read(LINE_BYTES):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads ours any more
+                sys.stderr.buffer.write(piece)
+                sys.stderr.buffer.flush()
+            *lines, rest = (rest + piece).replace(b"\r", b"\n").split(b"\n")
+            if len(rest) > LINE_BYTES:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                if text := line.decode("utf-8", "replace").rstrip():
+                    say(process.pid, text)
+    finally:
+        transport.close()

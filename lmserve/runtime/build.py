@@ -17,6 +17,7 @@ from lmserve.runtime.interface import RunnerInfo
 from lmserve.runtime.kv_cache import KVCache, block_bytes
 from lmserve.runtime.loader import fingerprint, load_model, native_context_length
 from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
+from lmserve.runtime.memory_plan import activation_bytes, num_batched_tokens
 from lmserve.runtime.model_runner import PackedModelRunner
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
 from lmserve.runtime.prepack import prepack
@@ -25,8 +26,8 @@ from lmserve.runtime.sampler import Sampler
 from lmserve.runtime.sampling_state import SamplingState
 from lmserve.runtime.self_check import check_packed_lane
 
-CPU_BATCHED_TOKENS = 512
-GPU_BATCHED_TOKENS = 4096
+READING_SHARE = 0.8
+"""Of a load's time, in reading the weights: what the progress bar makes of it."""
 
 Progress = Callable[[str, float], None]
 
@@ -39,8 +40,10 @@ class Weights:
     num_bytes: int
 
 
-def build_runner(config: ModelConfig, progress: Progress = lambda stage, fraction: None) -> PackedModelRunner:
-    """Loads, sizes, checks.
+def build_runner(
+    config: ModelConfig, progress: Progress = lambda stage, fraction: None, *, reserved_bytes: int = 0
+) -> PackedModelRunner:
+    """Loads, sizes, checks. ``reserved_bytes`` of the free memory are kept for others.
 
     Raises:
         ModelLoadFailed: the model cannot be loaded, does not fit, or would not be served exactly.
@@ -49,15 +52,20 @@ def build_runner(config: ModelConfig, progress: Progress = lambda stage, fractio
     if config.threads:
         torch.set_num_threads(config.threads)
     progress("loading weights", 0.0)
-    model, dtype = load_model(config)
-    runner = assemble_runner(model, config, dtype, progress)
+    model, dtype = load_model(config, lambda share: progress("loading weights", READING_SHARE * share))
+    runner = assemble_runner(model, config, dtype, progress, reserved_bytes=reserved_bytes)
     runner.info = replace(runner.info, load_seconds=time.monotonic() - began)
     return runner
 
 
 @torch.inference_mode()
 def assemble_runner(
-    model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype, progress: Progress = lambda stage, fraction: None
+    model: PreTrainedModel,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    progress: Progress = lambda stage, fraction: None,
+    *,
+    reserved_bytes: int = 0,
 ) -> PackedModelRunner:
     """A runner around a model that is on its device. Raises as ``build_runner`` does."""
     weights = Weights(
@@ -70,7 +78,7 @@ def assemble_runner(
         shapes = lane.probe()
     except UnsupportedModel as error:
         raise ModelLoadFailed(f"{type(model).__name__} cannot be served: {error}") from error
-    progress("making the KV cache", 0.8)
+    progress("making the KV cache", READING_SHARE)
     bytes_per_block = block_bytes(shapes, config.block_size, dtype)
     size = size_cache(
         block_bytes=bytes_per_block,
@@ -79,11 +87,11 @@ def assemble_runner(
         asked_len=config.max_model_len,
         native_len=native_context_length(model),
         max_num_seqs=config.max_num_seqs,
-        free=free_bytes(model.device),
+        free=free_bytes(model.device) - reserved_bytes - activation_bytes(model, config, model.device, dtype),
         device_type=model.device.type,
     )
     for sentence in pin_rope(model, size.max_model_len):
-        progress(sentence, 0.8)
+        progress(sentence, READING_SHARE)
     layout = CacheLayout(config.block_size, size.num_blocks, model.device, dtype)
     backend = backend_class(config.attention_backend, model.device.type)(layout)
     lane.attach(KVCache(shapes, layout), backend)
@@ -105,7 +113,6 @@ def _describe(
     kv_cache_bytes: int,
 ) -> RunnerInfo:
     dtype = model.dtype
-    default_batch = CPU_BATCHED_TOKENS if model.device.type == "cpu" else GPU_BATCHED_TOKENS
     return RunnerInfo(
         architecture=type(model).__name__,
         model_type=str(model.config.get_text_config().model_type),
@@ -121,7 +128,7 @@ def _describe(
         num_blocks=size.num_blocks,
         kv_cache_bytes=kv_cache_bytes,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or default_batch,
+        max_num_batched_tokens=num_batched_tokens(config, model.device),
         fingerprint=fingerprint(config, model, dtype, backend),
     )
 

@@ -48,6 +48,33 @@ class RunnerInfo:
         return self.num_blocks * self.block_size
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What a model would take of a device's memory, in bytes, known before its weights are read."""
+
+    device: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    kv_cache_tokens: int
+    activation_bytes: int
+    """Of the largest step, sampling included."""
+    fixed_bytes: int
+    """What a worker takes whatever its model is: the libraries, a device's context."""
+    free_bytes: int
+    """What a new worker could have; what is kept for others is taken off."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes + self.fixed_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.free_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class NewSequence:
     """A sequence that takes a slot: at its first step, and again after a preemption."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+from transformers.utils.logging import EmptyTqdm
 
 from lmserve import __version__
 from lmserve.config import ModelConfig
@@ -54,28 +59,92 @@ def _has_bf16_instructions() -> bool:
     return capabilities.startswith("AVX512") and bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def load_model(config: ModelConfig) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model on its device, in evaluation mode.
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What is known of a model before its weights are read, and where it will go."""
 
-    Raises:
-        ModelLoadFailed: with a sentence for the person who started the server.
-    """
+    config: Any
+    """transformers' configuration."""
+    device: torch.device
+    checkpoint_dtype: torch.dtype | None
+    is_gguf: bool
+
+
+def read_model_config(config: ModelConfig) -> ModelSource:
+    """Raises ModelLoadFailed, with a sentence for the person who wants the model."""
     device = choose_device(config.device)
     source, arguments = _source(config)
-    try:
+    with _explained(config):
         model_config = AutoConfig.from_pretrained(source, **_config_arguments(arguments))
-        dtype = choose_dtype(config.dtype, getattr(model_config, "dtype", None), device)
+    return ModelSource(model_config, device, getattr(model_config, "dtype", None), "gguf_file" in arguments)
+
+
+def load_model(
+    config: ModelConfig, progress: Callable[[float], None] = lambda fraction: None
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model on its device, in evaluation mode. ``progress`` hears the share of the weights that has been read.
+
+    Raises:
+        ModelLoadFailed: with a sentence for the person who wants the model.
+    """
+    source, arguments = _source(config)
+    known = read_model_config(config)
+    dtype = choose_dtype(config.dtype, known.checkpoint_dtype, known.device)
+    with _explained(config), _watched(progress):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
-            device_map={"": device},
-            attn_implementation=_stock_attention(model_config),
+            device_map={"": known.device},
+            attn_implementation=_stock_attention(known.config),
             **arguments,
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelLoadFailed(f"{config.model}: {_first_line(error)}") from error
     model.train(False).requires_grad_(False)
     return model, dtype
+
+
+@contextmanager
+def _explained(config: ModelConfig) -> Iterator[None]:
+    """transformers' exceptions as one of ours."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelLoadFailed(f"{config.model}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _watched(progress: Callable[[float], None]) -> Iterator[None]:
+    """transformers shows its bars through a hook: they are counted, not drawn."""
+
+    def bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _CountedBar(progress, *args, **kwargs)
+
+    previous = transformers_logging.set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+class _CountedBar(EmptyTqdm):
+    """As much of a tqdm bar as transformers uses; says when another hundredth is done."""
+
+    def __init__(self, progress: Callable[[float], None], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._progress = progress
+        items = args[0] if args else kwargs.get("iterable")
+        total = kwargs.get("total") or (len(items) if isinstance(items, Sized) else 0)
+        self._total, self._done, self._said = int(total), 0, -1
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():  # type: ignore[no-untyped-call]
+            yield item
+            self.update()
+
+    def update(self, n: int = 1) -> None:
+        self._done += n
+        if self._total and (hundredth := 100 * self._done // self._total) > self._said:
+            self._said = hundredth
+            self._progress(self._done / self._total)
 
 
 def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:

@@ -33,19 +33,36 @@ class PrepackedLinear(nn.Module):
         return result
 
 
-def prepack(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
-    """Replaces the model's linear layers where that is faster (bfloat16 on a CPU with oneDNN's kernels for it).
+Place = tuple[nn.Module, str, nn.Linear]
+"""A layer's parent, its name there, the layer."""
 
-    Only plain ``nn.Linear``: a subclass may mean something else. Returns how many were replaced.
-    """
+
+def linears_to_prepack(model: nn.Module, device: torch.device, dtype: torch.dtype) -> list[Place]:
+    """The layers that ``prepack`` replaces: only plain ``nn.Linear``, for a subclass may mean something else."""
     if device.type != "cpu" or dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return 0
-    linears = [
+        return []
+    return [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) is nn.Linear
     ]
+
+
+def prepack(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
+    """Replaces the model's linear layers where that is faster (bfloat16 on a CPU with oneDNN's kernels for it).
+
+    Returns how many were replaced.
+    """
+    linears = linears_to_prepack(model, device, dtype)
     for parent, name, linear in linears:
         setattr(parent, name, PrepackedLinear(linear))
+    if linears:
+        _leave_the_files(model)
     return len(linears)
+
+
+def _leave_the_files(model: nn.Module) -> None:
+    """The other weights are copied: each of them would keep a whole checkpoint file mapped, the replaced ones' too."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()

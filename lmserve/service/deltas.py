@@ -18,6 +18,7 @@ class StopReason(str, Enum):
     MAX_PREDICTED_TOKENS_REACHED = "maxPredictedTokensReached"
     CONTEXT_LENGTH_REACHED = "contextLengthReached"
     USER_STOPPED = "userStopped"
+    MODEL_UNLOADED = "modelUnloaded"
     FAILED = "failed"
 
 

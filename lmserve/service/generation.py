@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
-from lmserve.errors import FirstTokenTimeout, ModelLoadFailed
+from lmserve.errors import FirstTokenTimeout, LMServeError, ModelLoadFailed
 from lmserve.service.chat_template import Chat, ChatTemplate, Prompt
 from lmserve.service.deltas import Delta, Usage
 from lmserve.service.log_stream import LogStream
@@ -62,21 +62,34 @@ class GenerationService:
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._texts: dict[str, asyncio.Task[tuple[ModelText, ChatTemplate]]] = {}
 
-    async def load_texts(self) -> None:
-        """Load the tokenizers of all models.
+    async def load_texts(self, entries: Iterable[ModelEntry]) -> None:
+        """Load these models' tokenizers.
 
         Raises:
             ModelLoadFailed: one of them cannot be read.
         """
-        await asyncio.gather(*(self._text_of(entry) for entry in self._models.entries()))
+        await asyncio.gather(*(self._text_of(entry) for entry in entries))
 
-    def capabilities(self, entry: ModelEntry) -> list[str]:
-        """What a model can be asked for, as far as is known now."""
-        loading = self._texts.get(entry.model_id)
-        if loading is None or not loading.done() or loading.cancelled() or loading.exception() is not None:
-            return []
-        _, template = loading.result()
-        return ["completion"] if template.source is None else ["chat", "completion"]
+    def forget(self, entry: ModelEntry) -> None:
+        """Give up what is kept for a model that is loaded no more."""
+        self._texts.pop(entry.model_id, None)
+
+    @asynccontextmanager
+    async def use(self, model: str | None, ttl_seconds: float | None = None) -> AsyncIterator[str]:
+        """The id of the model that serves a name: loaded if need be, and so until the context ends.
+
+        ``ttl_seconds``: the idle time that it has afterwards; infinity for ever, None as it is. Raises as Models.use.
+        """
+        async with self._models.use(model, ttl_seconds) as entry:
+            yield entry.model_id
+
+    def loading(self, model: str | None) -> str:
+        """What a model's load is doing, for people; empty when there is none."""
+        try:
+            entry = self._models.resolve(model)
+        except LMServeError:
+            return ""
+        return f"loading {entry.model_id}: {entry.stage} {entry.progress:.0%}" if entry.state == "loading" else ""
 
     async def prepare_chat(
         self, request_id: str, model: str | None, chat: Chat, options: GenerationOptions
@@ -205,7 +218,7 @@ class GenerationService:
         try:
             text = await self._in_thread(lambda: self._load_text(entry))
         except Exception as error:
-            del self._texts[entry.model_id]
+            self.forget(entry)
             raise ModelLoadFailed(f"The tokenizer of {entry.model_id} cannot be loaded: {error}") from error
         return text, ChatTemplate(text)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any
+
+from lmserve import __version__
 
 LogEvent = dict[str, Any]
 """``timestamp`` (milliseconds), ``type``, and what the type says."""
@@ -108,13 +112,42 @@ class Subscription:
 
 def lost_events(count: int) -> LogEvent:
     """What a listener that was too slow is told."""
+    return {**server_event("warning", f"{count} events were dropped because this listener is slow."), "lost": count}
+
+
+def server_event(level: str, content: str) -> LogEvent:
+    """What the server has to say."""
+    return {"timestamp": now_ms(), "type": "server.log", "level": level, "content": content}
+
+
+def runtime_event(model_id: str, engine_type: str, pid: int, level: str, message: str) -> LogEvent:
+    """What a model's worker has to say, or what is said of it."""
     return {
         "timestamp": now_ms(),
-        "type": "server.log",
-        "level": "warning",
-        "message": f"{count} events were dropped because this listener is slow.",
-        "lost": count,
+        "type": "runtime.log",
+        "engineName": "lmserve",
+        "engineVersion": __version__,
+        "engineType": engine_type,
+        "modelIdentifier": model_id,
+        "pid": pid,
+        "level": level,
+        "message": message,
     }
+
+
+class LogStreamHandler(logging.Handler):
+    """Passes what the server logs on to the listeners, from any thread. To be made on the event loop."""
+
+    def __init__(self, log: LogStream) -> None:
+        super().__init__()
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._log.num_subscriptions:
+            event = server_event(record.levelname.lower(), record.getMessage())
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                self._loop.call_soon_threadsafe(self._log.publish, lambda: event)
 
 
 def now_ms() -> int:

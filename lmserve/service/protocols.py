@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from lmserve.config import ModelConfig
 from lmserve.engine.messages import AddRequest
+from lmserve.models.facts import ModelFacts
 from lmserve.outputs import RequestOutput
 from lmserve.runtime.interface import RunnerInfo
 
@@ -46,13 +48,33 @@ class ModelEntry(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
+    def sampling(self) -> Mapping[str, float]:
+        """What the model's preset says, by the names in a generation config."""
+        ...
+
+    @property
     def created(self) -> int:
         """Unix time in seconds."""
         ...
 
     @property
     def state(self) -> str:
-        """loading, loaded or failed."""
+        """not-loaded, loading, loaded or failed."""
+        ...
+
+    @property
+    def stage(self) -> str:
+        """What a loading model is doing, for people."""
+        ...
+
+    @property
+    def progress(self) -> float:
+        """Of the load, in [0, 1]."""
+        ...
+
+    @property
+    def facts(self) -> ModelFacts | None:
+        """What its files say; None where they are not on this machine."""
         ...
 
     @property
@@ -71,8 +93,25 @@ class Models(Protocol):
 
     def entries(self) -> Sequence[ModelEntry]: ...
 
+    @property
+    def just_in_time(self) -> bool:
+        """Whether ``use`` loads models."""
+        ...
+
     def resolve(self, name: str | None) -> ModelEntry:
-        """The model that serves a name. Raises ``ModelNotFound`` or ``NotReady``."""
+        """The model that serves a name, loaded or not. Raises ``ModelNotFound`` or ``NotReady``."""
+        ...
+
+    def use(self, name: str | None, ttl_seconds: float | None = None) -> AbstractAsyncContextManager[ModelEntry]:
+        """The model that serves a name, loaded, and so until the context ends.
+
+        ``ttl_seconds``: the idle time that it has afterwards; infinity for ever, None as it is.
+        Raises ``ModelNotFound``, or why it cannot be loaded.
+        """
+        ...
+
+    async def refresh(self) -> None:
+        """Look again which models there are."""
         ...
 
     def problem(self) -> str | None:

@@ -129,9 +129,6 @@ class ServiceSettings(Protocol):
     def default_min_p(self) -> float | None: ...
     @property
     def default_repeat_penalty(self) -> float | None: ...
-    def preset_sampling(self, model_id: str) -> Mapping[str, float]:
-        """The last word before OpenAI's, by the parameters' names in a generation config."""
-        ...
 
 
 def context_length(info: RunnerInfo) -> int:
@@ -223,7 +220,7 @@ def _default_words(model: ServedModel, server: ServiceSettings) -> dict[str, tup
         "min_p": server.default_min_p,
         "repetition_penalty": server.default_repeat_penalty,
     }
-    preset = server.preset_sampling(model.entry.model_id)
+    preset = model.entry.sampling
     return {
         name: (configured.get(name), getattr(model.text.defaults, name), preset.get(name))
         for name in (key.name for key in fields(SamplingDefaults))

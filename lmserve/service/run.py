@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from lmserve.engine.messages import AddRequest
-from lmserve.errors import NotReady, RequestFailed, StepFailed
+from lmserve.errors import ModelUnloaded, NotReady, RequestFailed, StepFailed
 from lmserve.outputs import FinishReason, RequestOutput
 from lmserve.service.choice import Choice
 from lmserve.service.deltas import Delta, Finished, PositionLogprobs, StopReason, TextDelta, Usage
@@ -53,7 +53,8 @@ class PromptRun:
         self._num_cached = 0
         self._began = time.perf_counter()
         self._first_token: float | None = None
-        self._failed = False
+        self._end = StopReason.USER_STOPPED
+        """Why a choice that has not finished has ended."""
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The choices' deltas as they come, and the usage last.
@@ -78,8 +79,8 @@ class PromptRun:
                     if not self._unfinished:
                         break
             yield self._usage()
-        except Exception:
-            self._failed = True
+        except Exception as error:
+            self._end = StopReason.MODEL_UNLOADED if isinstance(error, ModelUnloaded) else StopReason.FAILED
             raise
         finally:
             self._log.publish(self._output_event)
@@ -196,4 +197,4 @@ class PromptRun:
     def _stop_reason(self, choice: Choice) -> StopReason:
         if choice.finished is not None:
             return choice.finished.stop_reason
-        return StopReason.FAILED if self._failed else StopReason.USER_STOPPED
+        return self._end

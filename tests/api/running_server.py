@@ -40,8 +40,12 @@ class RunningServer:
     """A server and its parts."""
 
     url: str
-    entry: StubEntry
+    models: StubModels
     log: LogStream
+
+    @property
+    def entry(self) -> StubEntry:
+        return self.models.entry
 
     @property
     def engine(self) -> StubEngine:
@@ -82,7 +86,7 @@ class RunningServer:
     def reset(self) -> None:
         """A fresh engine; the server goes on."""
         self.entry.loaded_engine = StubEngine(runner_info(), says("Hello there!"))
-        self.entry.state = "loaded"
+        self.entry.state, self.entry.facts = "loaded", None
 
 
 @contextlib.contextmanager
@@ -101,7 +105,7 @@ def running_server(settings: Settings | None = None) -> Iterator[RunningServer]:
         thread.start()
         try:
             wait_until(lambda: server.started)
-            yield RunningServer(f"http://127.0.0.1:{port}", entry, log)
+            yield RunningServer(f"http://127.0.0.1:{port}", models, log)
         finally:
             server.should_exit = True
             thread.join(PATIENCE)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lmserve.config import ModelConfig
 from lmserve.engine.messages import AddRequest
 from lmserve.errors import LMServeError, ModelNotFound, NotReady
+from lmserve.models.facts import ModelFacts
 from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
 from lmserve.runtime.interface import RunnerInfo
 
@@ -146,6 +148,10 @@ class StubEntry:
     config: ModelConfig = field(default_factory=lambda: ModelConfig(model="/models/stub", model_id="org/stub"))
     state: str = "loaded"
     created: int = 1_700_000_000
+    stage: str = ""
+    progress: float = 0.0
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    facts: ModelFacts | None = None
 
     @property
     def model_id(self) -> str:
@@ -174,6 +180,15 @@ class StubModels:
 
     def entries(self) -> list[StubEntry]:
         return [self.entry]
+
+    just_in_time = True
+
+    @contextlib.asynccontextmanager
+    async def use(self, name: str | None, ttl_seconds: float | None = None) -> AsyncIterator[StubEntry]:
+        yield self.resolve(name)
+
+    async def refresh(self) -> None:
+        pass
 
     def resolve(self, name: str | None) -> StubEntry:
         if name in (None, "stub", self.entry.model_id):
@@ -204,7 +219,3 @@ class Settings:
     default_top_k: int | None = None
     default_min_p: float | None = None
     default_repeat_penalty: float | None = None
-    preset: Mapping[str, float] = field(default_factory=dict)
-
-    def preset_sampling(self, model_id: str) -> Mapping[str, float]:
-        return self.preset

@@ -3,7 +3,21 @@ from __future__ import annotations
 import openai
 import pytest
 
+from lmserve.models.facts import ModelFacts
 from tests.api.running_server import RunningServer
+
+FACTS = ModelFacts(
+    type="vlm",
+    architecture="SomeForConditionalGeneration",
+    model_type="some",
+    num_parameters=10**9,
+    size_bytes=600 * 10**6,
+    format="gguf",
+    quantization="Q4_K_M",
+    bits_per_weight=4.8,
+    context_length=4096,
+    capabilities=("chat", "vision"),
+)
 
 
 def test_the_loaded_models(server: RunningServer) -> None:
@@ -20,13 +34,28 @@ def test_the_loaded_models(server: RunningServer) -> None:
         "state": "loaded",
         "max_context_length": 512,
         "loaded_context_length": 512,
-        "capabilities": ["chat", "completion"],
+        "capabilities": [],
     }
 
 
-def test_one_that_is_loading_is_not_listed_but_known(server: RunningServer) -> None:
+def test_what_the_files_say_of_a_model_that_is_not_loaded(server: RunningServer) -> None:
+    server.entry.state = "not-loaded"
+    server.entry.facts = FACTS
+    [item] = server.get("/v1/models").json()["data"]
+    assert (item["type"], item["state"], item["capabilities"]) == ("vlm", "not-loaded", ["chat", "vision"])
+    assert (item["max_context_length"], item["loaded_context_length"]) == (4096, None)
+    details = server.get("/api/v0/models/ORG/stub").json()
+    assert (details["arch"], details["quantization"], details["type"]) == ("some", "Q4_K_M", "vlm")
+    assert (details["state"], details["max_context_length"]) == ("not-loaded", 4096)
+
+
+def test_without_just_in_time_loading_only_the_loaded_ones_are_listed(server: RunningServer) -> None:
     server.entry.state = "loading"
+    server.models.just_in_time = False
     assert server.get("/v1/models").json() == {"object": "list", "data": []}
+    server.models.just_in_time = True
+    [item] = server.get("/v1/models").json()["data"]
+    assert item["state"] == "loading"
     item = server.get("/v1/models/org/stub").json()
     assert (item["state"], item["max_context_length"]) == ("loading", None)
 
@@ -51,6 +80,7 @@ def test_as_lm_studio_lists_them(server: RunningServer) -> None:
         "state": "loaded",
         "max_context_length": 512,
         "loaded_context_length": 512,
+        "capabilities": [],
     }
     assert server.get("/api/v0/models").json() == {"object": "list", "data": [item]}
     assert server.get("/api/v0/models/org/stub").json() == item

@@ -4,12 +4,8 @@ import inspect
 import socket
 from pathlib import Path
 
-import pytest
-
-from lmserve.cli.serve import place_starters, serve
+from lmserve.cli.serve import serve
 from lmserve.config import keys
-from lmserve.config_sources import resolve
-from lmserve.errors import ConfigError
 from tests.cli.running import lmserve
 
 
@@ -43,25 +39,3 @@ def test_options_reach_the_server(tmp_path: Path, tiny_folder: Path) -> None:
 def test_positional_models_and_model_options_are_added_up() -> None:
     done = lmserve("serve", "x=some/model", "--model", "x=other/model")
     assert "two models are called 'x'" in done.stderr
-
-
-def test_a_starter_models_name_becomes_its_folder(tmp_path: Path) -> None:
-    made = tmp_path / "models" / "all-MiniLM-L6-v2"
-    config = place_starters(resolve({"model": ["all-MiniLM-L6-v2", "some/model"], "cache": str(tmp_path)}, {}))
-    assert [model.model for model in config.models] == [str(made), "some/model"]
-    assert (made / "config.json").is_file()
-
-
-def test_a_folder_with_a_starter_models_name_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "all-minilm-l6-v2").mkdir()
-    (tmp_path / "all-minilm-l6-v2" / "config.json").write_text("{}")
-    config = place_starters(resolve({"model": ["all-minilm-l6-v2"]}, {}))
-    assert config.models[0].model == "all-minilm-l6-v2"
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    config = resolve({"model": ["all-minilm-l6-v2"], "cache": str(tmp_path / "file")}, {})
-    with pytest.raises(ConfigError, match="cannot make the starter model"):
-        place_starters(config)

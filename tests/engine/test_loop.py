@@ -159,6 +159,6 @@ def test_a_failed_step_does_not_end_it(caplog: pytest.LogCaptureFixture) -> None
 def test_a_message_that_has_no_place_ends_it() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall(encode(Load(1, {})))
+        ours.sendall(encode(Load({})))
         with pytest.raises(AssertionError, match="Load has no place"):
             run_engine(make_engine(FakeRunner(make_info())), WorkerConnection(theirs))

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmserve.errors import ConfigError, ModelLoadFailed
-from lmserve.models.starter import STARTERS, cache_folder, ensure_starter
+from lmserve.models.starter import STARTERS, cache_folder, ensure_starter, is_starter
 
 CHAT = "smollm2-135m-instruct"
 EMBEDDING = "all-minilm-l6-v2"
@@ -179,3 +179,11 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder({"LMSERVE_CACHE": "~/a"}) == Path("/home/somebody/a")
     assert cache_folder({"XDG_CACHE_HOME": "/b"}) == Path("/b/lmserve")
     assert cache_folder({}) == Path("/home/somebody/.cache/lmserve")
+
+
+def test_a_folder_with_a_starter_models_name_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_starter("all-MiniLM-L6-v2")
+    (tmp_path / "all-minilm-l6-v2").mkdir()
+    assert not is_starter("all-minilm-l6-v2")
+    assert not is_starter("some/model")

@@ -155,12 +155,27 @@ def test_a_tokenizer_is_loaded_once_and_a_failure_is_not_remembered() -> None:
         return TEXT
 
     async def scenario(bench: Bench) -> None:
-        assert bench.service.capabilities(bench.entry) == []
         with pytest.raises(ModelLoadFailed, match="no such file"):
-            await bench.service.load_texts()
-        await asyncio.gather(bench.service.load_texts(), bench.complete("x"), bench.complete("y"))
+            await bench.service.load_texts([bench.entry])
+        await asyncio.gather(bench.service.load_texts([bench.entry]), bench.complete("x"), bench.complete("y"))
         assert len(calls) == 2
-        assert bench.service.capabilities(bench.entry) == ["chat", "completion"]
+
+    Bench(says(""), load).run(scenario)
+
+
+def test_what_is_kept_for_a_model_goes_with_it() -> None:
+    calls: list[str] = []
+
+    def load(entry: ModelEntry) -> ModelText:
+        calls.append(entry.path)
+        return TEXT
+
+    async def scenario(bench: Bench) -> None:
+        await bench.complete("x")
+        bench.service.forget(bench.entry)
+        bench.service.forget(bench.entry)
+        await bench.complete("x")
+        assert len(calls) == 2
 
     Bench(says(""), load).run(scenario)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -20,11 +21,12 @@ def make(
     prompt: list[int] | None = None,
     server: Settings | None = None,
     model: SamplingDefaults | None = None,
+    preset: Mapping[str, float] | None = None,
     default_max_tokens: int | None = None,
     **limits: Any,
 ) -> GenerationRequest:
     engine = StubEngine(runner_info(vocab_size=300, **limits), lambda request, choice: [])
-    served = ServedModel(StubEntry(engine), engine, ModelText(TOKENIZER, defaults=model))
+    served = ServedModel(StubEntry(engine, sampling=preset or {}), engine, ModelText(TOKENIZER, defaults=model))
     return make_request(
         "r",
         served,
@@ -39,8 +41,8 @@ def make(
 def test_the_requests_word_then_the_servers_then_the_models_then_the_presets() -> None:
     model = SamplingDefaults(temperature=0.1, top_p=0.1, top_k=1)
     preset = {"temperature": 0.4, "top_p": 0.4, "top_k": 4.0, "min_p": 0.4}
-    server = Settings(default_temperature=0.2, default_top_p=0.2, preset=preset)
-    [sampling] = make(GenerationOptions(temperature=0.3), server=server, model=model).sampling
+    server = Settings(default_temperature=0.2, default_top_p=0.2)
+    [sampling] = make(GenerationOptions(temperature=0.3), server=server, model=model, preset=preset).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.3, 0.2, 1, 0.4)
     assert sampling.typical_p == 1.0
 

@@ -14,7 +14,7 @@ class ModelItem(msgspec.Struct, frozen=True):
     object: Literal["model"]
     created: int
     owned_by: str
-    type: Literal["llm"]
+    type: Literal["llm", "vlm", "embeddings"]
     state: str
     max_context_length: int | None
     loaded_context_length: int | None
@@ -27,11 +27,11 @@ class ModelList(msgspec.Struct, frozen=True):
 
 
 class ModelDetails(msgspec.Struct, frozen=True):
-    """LM Studio's item. What only a loaded model tells is null until then."""
+    """LM Studio's item. What the files do not tell is null until the model is loaded."""
 
     id: str
     object: Literal["model"]
-    type: Literal["llm"]
+    type: Literal["llm", "vlm", "embeddings"]
     publisher: str
     arch: str | None
     compatibility_type: Literal["safetensors", "gguf"]
@@ -39,6 +39,7 @@ class ModelDetails(msgspec.Struct, frozen=True):
     state: str
     max_context_length: int | None
     loaded_context_length: int | None
+    capabilities: list[str]
 
 
 class ModelDetailsList(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ from lmserve.api.schema.chat import ChatCompletionRequest
 from lmserve.api.schema.completions import CompletionRequest
 from lmserve.api.schema.embeddings import EmbeddingRequest
 from lmserve.api.schema.fields import Field, Treatment, table
+from lmserve.api.schema.manage import LoadRequest, UnloadRequest
 from lmserve.api.schema.sampling import SamplingFields
 from lmserve.api.schema.tokens import ApplyTemplateRequest, DetokenizeRequest, TokenizeRequest
 
@@ -31,6 +32,8 @@ _SECTIONS: tuple[tuple[str, type[msgspec.Struct], type[msgspec.Struct] | None], 
     ("POST /tokenize", TokenizeRequest, None),
     ("POST /detokenize", DetokenizeRequest, None),
     ("POST /apply-template", ApplyTemplateRequest, None),
+    ("POST /api/v1/models/load", LoadRequest, None),
+    ("POST /api/v1/models/unload", UnloadRequest, None),
 )
 
 

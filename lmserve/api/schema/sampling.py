@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import msgspec
 
 from lmserve.api.schema.fields import honoured, ignored, refused
-from lmserve.api.schema.numbers import Int, integer
+from lmserve.api.schema.numbers import DURATION_PATTERN, Int, integer, keep_alive_seconds
 from lmserve.errors import InvalidRequest
 from lmserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, at_most
 from lmserve.service.request import GenerationOptions
@@ -132,9 +133,22 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     draft_model: Annotated[Any, ignored("string", "speculative decoding changes no answer; it is not offered yet")] = (
         None
     )
-    ttl: Annotated[Any, ignored("integer", "models stay loaded: idle unloading is not offered yet")] = None
+    ttl: Annotated[
+        float | None,
+        honoured(
+            "seconds of idleness after which a model that requests load is unloaded; one that a person loaded stays",
+            default="see --ttl-seconds",
+            allowed="above 0",
+        ),
+    ] = None
     keep_alive: Annotated[
-        Any, ignored("integer or string", "models stay loaded: idle unloading is not offered yet")
+        str | float | None,
+        honoured(
+            "another name of ttl, as Ollama writes it",
+            kind="number or string",
+            allowed="seconds or 300ms, 5m, 1h30m; 0: unload at once; below 0: never",
+            schema={"anyOf": [{"type": ["number", "null"]}, {"type": "string", "pattern": DURATION_PATTERN}]},
+        ),
     ] = None
     images: Annotated[Any, refused("array of strings", "images are not offered yet", [])] = None
     guided_json: Annotated[Any, refused("object", _NO_STRUCTURE)] = None
@@ -168,6 +182,17 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         return [
             f"stream_options.{key}" for key, value in options.items() if key != "include_usage" and value is not None
         ]
+
+    def ttl_seconds(self) -> float | None:
+        """The idle time that the model has afterwards; infinity for ever, None where nothing is asked for.
+
+        Raises:
+            InvalidRequest: it is out of range, or asked for in two ways.
+        """
+        if self.ttl is not None and not 0 < self.ttl < math.inf:
+            raise InvalidRequest(f"ttl must be above 0, got {self.ttl}.", "ttl")
+        kept = None if self.keep_alive is None else keep_alive_seconds(self.keep_alive)
+        return _same("ttl", self.ttl, "keep_alive", kept)
 
     def names(self) -> dict[str, str]:
         """Our name of a parameter -> the client's, where it wrote another."""

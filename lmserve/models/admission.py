@@ -1,0 +1,93 @@
+"""Whether a model may be loaded now, and what has to go for it.
+
+A worker says what a model would take (``MemoryPlan``) before it reads any weight. What loaded models have been promised
+and not taken yet is kept for them. When memory is short, models that requests have loaded and that nobody uses go, the
+least recently used first, and only if that helps; what a person loaded stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from lmserve.errors import InsufficientMemory
+from lmserve.models.entry import ModelEntry
+from lmserve.models.worker_process import Worker
+from lmserve.runtime.interface import MemoryPlan
+
+RETRY_SECONDS = 10.0
+
+
+class Admission:
+    """Owns the order in which models get memory: one is decided on at a time."""
+
+    def __init__(
+        self, entries: Callable[[], Sequence[ModelEntry]], unload: Callable[[ModelEntry], Awaitable[None]]
+    ) -> None:
+        self._entries = entries
+        self._unload = unload
+        self._turn = asyncio.Lock()
+
+    async def admit(self, entry: ModelEntry, worker: Worker, *, force: bool = False) -> int:
+        """Makes room if need be; sets the entry's plan. Returns the bytes that have to be left for others.
+
+        ``force``: whatever the plan says, and nothing is kept for others.
+
+        Raises:
+            InsufficientMemory: with the numbers.
+            ModelLoadFailed: it could not be loaded into any memory.
+        """
+        async with self._turn:
+            plan = await worker.plan(entry.config, reserved := 0 if force else self.reserved_bytes(entry))
+            while not plan.fits and not force:
+                leaving = self.leaving(entry, plan)
+                if not leaving:
+                    raise InsufficientMemory(self.explain(entry, plan), RETRY_SECONDS)
+                await self._unload(leaving[0])
+                plan = await worker.plan(entry.config, reserved := self.reserved_bytes(entry))
+            entry.plan = plan
+            return reserved
+
+    def reserved_bytes(self, newcomer: ModelEntry) -> int:
+        """What the others may still take."""
+        return sum(entry.promised_bytes for entry in self._entries() if entry is not newcomer)
+
+    def leaving(self, newcomer: ModelEntry, plan: MemoryPlan) -> list[ModelEntry]:
+        """The models that would be unloaded so that it fits; none if it fits as it is, or would not fit even then."""
+        idle = [e for e in self._entries() if e is not newcomer and e.is_idle and e.is_just_in_time and e.plan]
+        idle.sort(key=lambda entry: entry.idle_since)
+        missing = plan.total_bytes - plan.free_bytes
+        leaving = []
+        for entry in idle:
+            if missing <= 0:
+                break
+            assert entry.plan is not None
+            missing -= entry.plan.total_bytes
+            leaving.append(entry)
+        return leaving if missing <= 0 else []
+
+    def explain(self, newcomer: ModelEntry, plan: MemoryPlan) -> str:
+        """The figures in a sentence or two."""
+        needs = (
+            f"Model {newcomer.model_id} needs {size(plan.total_bytes)} on {plan.device} "
+            f"(weights {size(plan.weight_bytes)} in {plan.dtype}, KV cache {size(plan.kv_cache_bytes)} for "
+            f"{plan.kv_cache_tokens:,} tokens, activations {size(plan.activation_bytes)}, fixed "
+            f"{size(plan.fixed_bytes)}), and {size(plan.free_bytes)} are free"
+        )
+        if plan.fits:
+            return f"{needs}: it fits."
+        if leaving := self.leaving(newcomer, plan):
+            return f"{needs}: it fits once {', '.join(entry.model_id for entry in leaving)} is unloaded."
+        staying = [_why_it_stays(e) for e in self._entries() if e is not newcomer and e.plan is not None]
+        return f"{needs}: it does not fit. " + (f"Loaded: {'; '.join(staying)}." if staying else "Nothing is loaded.")
+
+
+def _why_it_stays(entry: ModelEntry) -> str:
+    assert entry.plan is not None
+    reason = "loaded by a person" if not entry.is_just_in_time else "idle" if entry.is_idle else "in use"
+    return f"{entry.model_id} ({size(entry.plan.total_bytes)}, {reason})"
+
+
+def size(num_bytes: int) -> str:
+    """For people."""
+    return f"{num_bytes / 2**30:.2f} GiB" if abs(num_bytes) >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

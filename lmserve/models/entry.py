@@ -1,0 +1,147 @@
+"""One model as the server runs it, or could run it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Literal
+
+from lmserve.config import ModelConfig, ModelSetup
+from lmserve.engine.async_engine import AsyncEngine
+from lmserve.errors import NotReady
+from lmserve.models.facts import ModelFacts
+from lmserve.models.registry import KnownModel
+from lmserve.models.worker_process import Worker
+from lmserve.runtime.interface import MemoryPlan, RunnerInfo
+
+RETRY_SECONDS = 2.0
+
+State = Literal["not-loaded", "loading", "loaded", "failed"]
+
+
+class Origin(Enum):
+    """Who wanted a model loaded."""
+
+    START = "start"
+    PERSON = "person"
+    REQUEST = "request"
+    """Just in time: only these are unloaded by themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What a person may want of one load. None: as the server is configured."""
+
+    identifier: str | None = None
+    ttl_seconds: float | None = None
+    """None: never."""
+    context_length: int | None = None
+    parallel: int | None = None
+    eval_batch_size: int | None = None
+    force: bool = False
+    """Load also what the memory plan says does not fit."""
+
+    def configure(self, config: ModelConfig) -> ModelConfig:
+        """The configuration with what is asked for."""
+        return replace(
+            config,
+            max_model_len=self.context_length or config.max_model_len,
+            max_num_seqs=self.parallel or config.max_num_seqs,
+            max_num_batched_tokens=self.eval_batch_size or config.max_num_batched_tokens,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class ModelEntry:
+    """A model under the name that clients use. Its state is the manager's to change."""
+
+    known: KnownModel
+    config: ModelConfig
+    sampling: Mapping[str, float]
+    """What its preset says, by the names in a generation config."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    state: State = "not-loaded"
+    origin: Origin = Origin.START
+    ttl_seconds: float | None = None
+    stage: str = ""
+    """What a loading model is doing, for people."""
+    progress: float = 0.0
+    failure: str | None = None
+    """Why it is failed, or why its last load or its last worker ended."""
+    restarts: int = 0
+    worker: Worker | None = None
+    """From the start of its process on."""
+    plan: MemoryPlan | None = None
+    """What it may take in the end, from before its weights are read."""
+    num_users: int = 0
+    """Requests that need it loaded: none of them ends with it."""
+    idle_since: float = field(default_factory=time.monotonic)
+    """When the last of them ended."""
+
+    @classmethod
+    def of(cls, known: KnownModel, setup: ModelSetup) -> ModelEntry:
+        return cls(known, setup.config, setup.sampling)
+
+    @property
+    def model_id(self) -> str:
+        return self.config.model_id
+
+    @property
+    def path(self) -> str:
+        """Local folder, GGUF file or hub name."""
+        return self.config.model
+
+    @property
+    def facts(self) -> ModelFacts | None:
+        return self.known.facts
+
+    @property
+    def info(self) -> RunnerInfo | None:
+        return None if self.worker is None or self.state != "loaded" else self.worker.engine.info
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is loaded, or is meant to be."""
+        return self.state != "not-loaded"
+
+    @property
+    def is_just_in_time(self) -> bool:
+        return self.origin is Origin.REQUEST
+
+    @property
+    def is_idle(self) -> bool:
+        return self.state == "loaded" and self.num_users == 0
+
+    @property
+    def ttl_left_seconds(self) -> float | None:
+        """Until it is unloaded; None: not before somebody asks for it, or while a request runs."""
+        if self.ttl_seconds is None or not self.is_idle:
+            return None
+        return max(0.0, self.idle_since + self.ttl_seconds - time.monotonic())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of its process now."""
+        return 0 if self.worker is None else self.worker.resident_bytes
+
+    @property
+    def promised_bytes(self) -> int:
+        """What it has not taken yet of what it may take.
+
+        A CPU gives the KV cache's pages when they are first written to; a GPU's memory is all taken when it is loaded.
+        """
+        if self.plan is None:
+            return 0
+        if self.plan.device.startswith("cpu"):
+            return max(0, self.plan.total_bytes - self.resident_bytes)
+        return 0 if self.state == "loaded" else self.plan.total_bytes
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """Raises NotReady unless the model is loaded."""
+        if self.worker is None or self.state != "loaded":
+            reason = f": {self.failure}" if self.failure else f" ({self.stage})" if self.stage else ""
+            raise NotReady(f"Model {self.model_id} is {self.state}{reason}", retry_after=RETRY_SECONDS)
+        return self.worker.engine

@@ -1,0 +1,54 @@
+"""Which model a client means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmserve.errors import ModelNotFound
+from lmserve.models.entry import ModelEntry
+
+MAX_NAMES = 20
+"""Of models, in an error's message."""
+
+
+def find_entry(entries: Sequence[ModelEntry], name: str | None, *, strict: bool) -> ModelEntry:
+    """A model's id, whatever its case is; or what stands behind the id's slash, or where the model comes from, if that
+    is one model's alone, loaded ones before the others; or any name if one model is loaded and names are not strict.
+
+    Raises:
+        ModelNotFound: with the names there are.
+    """
+    live = [entry for entry in entries if entry.is_live]
+    if name is not None:
+        wanted = name.lower()
+        for test in (_is_its_name, _is_like_its_name):
+            for group in (live, entries):
+                found = [entry for entry in group if test(entry, wanted)]
+                if len(found) == 1:
+                    return found[0]
+    if len(live) == 1 and (name is None or not strict):
+        return live[0]
+    if name is None and not live and len(entries) == 1:
+        return entries[0]
+    raise ModelNotFound(_explain(entries, live, name), "model")
+
+
+def _is_its_name(entry: ModelEntry, wanted: str) -> bool:
+    return entry.model_id.lower() == wanted
+
+
+def _is_like_its_name(entry: ModelEntry, wanted: str) -> bool:
+    return wanted in (entry.model_id.lower().rpartition("/")[2], entry.path.lower(), entry.known.location.lower())
+
+
+def _explain(entries: Sequence[ModelEntry], live: Sequence[ModelEntry], name: str | None) -> str:
+    asked = "No model was named" if name is None else f"Model {name[:200]!r} is not known"
+    loaded = [entry.model_id for entry in live]
+    known = [entry.model_id for entry in entries if not entry.is_live]
+    words = f"{asked}. Your models: {_listed(loaded)}."
+    return f"{words} Known, and loaded when asked for: {_listed(known)}." if known else words
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more if names else "none is loaded"

@@ -1,0 +1,142 @@
+"""What a model will take, known from its configuration before any weight is read.
+
+The model is made without memory (torch's meta device), so parameters and KV cache are counted on the very modules that
+will run, not guessed from names in the configuration. What no count tells was measured: see the constants.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lmserve.config import ModelConfig
+from lmserve.errors import ModelLoadFailed
+from lmserve.runtime.interface import MemoryPlan
+from lmserve.runtime.kv_cache import block_bytes
+from lmserve.runtime.loader import choose_dtype, native_context_length, read_model_config
+from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
+from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
+from lmserve.runtime.prepack import linears_to_prepack
+
+CPU_BATCHED_TOKENS = 512
+GPU_BATCHED_TOKENS = 4096
+FIRST_USE_BYTES = 48 * 2**20
+"""What the libraries take once they are used: model code, thread buffers, the allocator's reserves. Measured on a CPU
+with the starter model, beyond what the terms below count."""
+SAMPLER_COPIES = 4
+"""Matrices in float32 as large as the logits that one step of the sampler holds."""
+LEAST_CONTEXT = 2048
+"""A context that was not asked for may be cut to what fits, but not below this (or the model's own, if shorter)."""
+
+
+def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
+    """The terms for this device, as it is now. ``reserved_bytes`` of the free memory are kept for others.
+
+    Raises:
+        ModelLoadFailed: there is no such model, or it cannot be served.
+    """
+    source = read_model_config(config)
+    device, dtype = source.device, choose_dtype(config.dtype, source.checkpoint_dtype, source.device)
+    model = _hollow_model(source.config, dtype, config.trust_remote_code)
+    quantized = getattr(source.config, "quantization_config", None) is not None and not source.is_gguf
+    weights = _file_bytes(Path(config.model)) if quantized else 0
+    weights = weights or weight_bytes(model, device, dtype)
+    activations = activation_bytes(model, config, device, dtype)
+    fixed = _fixed_bytes(device)
+    free = free_bytes(device) + (fixed if device.type == "cpu" else 0) - reserved_bytes
+    rest = free - weights - activations - fixed
+    size, bytes_per_block = _cache_size(model, config, dtype, rest, device)
+    return MemoryPlan(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=size.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        weight_bytes=weights,
+        kv_cache_bytes=size.num_blocks * bytes_per_block,
+        kv_cache_tokens=size.num_blocks * config.block_size,
+        activation_bytes=activations,
+        fixed_bytes=fixed,
+        free_bytes=max(0, free),
+    )
+
+
+def weight_bytes(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
+    """Of the weights as they will stand in memory: a prepacked one whose tensor others use too is there twice."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    prepacked = [linear.weight for _, _, linear in linears_to_prepack(model, device, dtype)]
+    return total + sum(w.numel() * w.element_size() for w in prepacked if owners[id(w)] > 1)
+
+
+def activation_bytes(model: nn.Module, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """The tensors of the largest step, and the sampler's."""
+    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]  # a transformers model
+    hidden = int(getattr(text, "hidden_size", 0) or 0)
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, list | tuple) else int(inner)
+    layers = num_batched_tokens(config, device) * (6 * hidden + 4 * inner) * dtype.itemsize
+    sampler = config.max_num_seqs * int(text.vocab_size) * (dtype.itemsize + SAMPLER_COPIES * 4)
+    return layers + sampler + FIRST_USE_BYTES
+
+
+def num_batched_tokens(config: ModelConfig, device: torch.device) -> int:
+    """Tokens that one step computes at most."""
+    return config.max_num_batched_tokens or (CPU_BATCHED_TOKENS if device.type == "cpu" else GPU_BATCHED_TOKENS)
+
+
+def _hollow_model(model_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            make: Any = AutoModelForCausalLM.from_config
+            model: PreTrainedModel = make(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelLoadFailed(f"{type(model_config).__name__}: {error}") from error
+    model.train(False)
+    return model
+
+
+def _cache_size(
+    model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype, rest: int, device: torch.device
+) -> tuple[CacheSize, int]:
+    """The KV cache that the rest allows; where it allows none that is worth it, the least one that is asked for."""
+    try:
+        with torch.inference_mode():
+            shapes = PackedLane(model).probe()
+    except UnsupportedModel as error:
+        raise ModelLoadFailed(f"{type(model).__name__} cannot be served: {error}") from error
+    bytes_per_block = block_bytes(shapes, config.block_size, dtype)
+    native = native_context_length(model)
+    least = config.max_model_len or min(native or LEAST_CONTEXT, LEAST_CONTEXT)
+    try:
+        size = size_cache(
+            block_bytes=bytes_per_block,
+            block_size=config.block_size,
+            budget=config.kv_cache_memory,
+            asked_len=config.max_model_len,
+            native_len=native,
+            max_num_seqs=config.max_num_seqs,
+            free=rest,
+            device_type=device.type,
+        )
+    except ModelLoadFailed:
+        size = None
+    if size is None or (size.max_model_len < least and not config.kv_cache_memory):
+        blocks = max(-(-least // config.block_size), config.kv_cache_memory // bytes_per_block)
+        size = CacheSize(blocks, min(least, blocks * config.block_size))
+    return size, bytes_per_block
+
+
+def _fixed_bytes(device: torch.device) -> int:
+    """On a CPU what this process has taken by now; elsewhere the device's own share is spent before it can be seen."""
+    return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
+
+
+def _file_bytes(folder: Path) -> int:
+    """Of the weight files: quantized weights have the size that they have there."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
