@@ -1,31 +1,47 @@
-"""``lmserve log stream``: what the models of a running server receive and answer."""
+"""``lmserve log stream``: what the models of a running server receive and answer, in LM Studio's layout."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
+from enum import Enum
 from typing import Annotated, Any
 
-import httpx
 import typer
 
+from lmserve.cli.client import connect
+from lmserve.cli.options import ApiKey, Url
+from lmserve.cli.pipes import until_the_reader_leaves
+from lmserve.cli.terminal import say, visible
 from lmserve.errors import LMServeError
 
-DEFAULT_URL = "http://127.0.0.1:1234"
-TYPE_PREFIX = "llm.prediction."
+EPILOG = """Examples:
 
-app = typer.Typer(help="Watch a running server.")
+\b
+  lmserve log stream
+  lmserve log stream --filter input
+  lmserve log stream --stats --json | jq .stats.tokensPerSecond
+  lmserve log stream --source server"""
+_PREDICTION = "llm.prediction."
+_TEXTS = ("input", "output")
+_IN_PLACE = ("timestamp", "type", "modelIdentifier", "modelPath", "choices", "stats", *_TEXTS)
+"""What the layout has a place for; whatever else an event says gets a line of its own."""
+
+app = typer.Typer(help="Watch a running server.", rich_markup_mode=None)
+
+
+class Source(str, Enum):
+    """Who the events are of."""
+
+    MODEL = "model"
+    SERVER = "server"
+    RUNTIME = "runtime"
 
 
 class WrongFilter(LMServeError):
-    """A value of ``--filter`` that is none."""
-
-
-class LogStreamFailed(LMServeError):
-    """The server cannot be reached, or refuses."""
+    """A value of ``--filter`` that is none, or an option that the source does not have."""
 
 
 @app.callback()
@@ -33,78 +49,132 @@ def log() -> None:
     """Watch a running server."""
 
 
-@app.command("stream")
+@app.command("stream", epilog=EPILOG)
+@until_the_reader_leaves
 def stream(
-    url: Annotated[str, typer.Option(help="Address of the server.")] = DEFAULT_URL,
-    api_key: Annotated[str, typer.Option(help="Key, if it asks for one [default: LMSERVE_API_KEY].")] = "",
-    filter_: Annotated[str, typer.Option("--filter", metavar="input,output", help="Only one direction.")] = "",
-    stats: Annotated[bool, typer.Option("--stats", help="With the figures of each prediction.")] = False,
+    source: Annotated[
+        Source, typer.Option("--source", "-s", help="Texts of the models, or what server or runtime say.")
+    ] = Source.MODEL,
+    filter_: Annotated[
+        str | None, typer.Option("--filter", metavar="input,output", help="Of the models: only one direction.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Of the models: the figures of each prediction.")] = False,
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="Of the models: token ids beside the texts.")] = False,
+    url: Url = "",
+    api_key: ApiKey = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Print what each model receives and answers, as it happens."""
-    wanted = parse_filter(filter_)
-    key = api_key or os.environ.get("LMSERVE_API_KEY", "").split(",")[0]
-    try:
-        for event in _events(url, key, wanted):
+    params = {"types": ",".join(event_types(source, filter_))}
+    for name, given in (("--stats", stats), ("--token-ids", token_ids)):
+        if given and source is not Source.MODEL:
+            raise WrongFilter(f"{name} can only be used with --source model")
+    if token_ids:
+        params["token_ids"] = "1"
+    with (
+        connect(url, api_key) as client,
+        client.events("GET", "/log/stream", dict[str, Any], params=params) as events,
+    ):
+        if not as_json:
+            say(f"Streaming logs from {client.address}")
+        for event in events.data:
             if not stats:
                 event.pop("stats", None)
-            print(json.dumps(event, ensure_ascii=False) if as_json else format_event(event), flush=True)
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _print_event(event, as_json=as_json, stats=stats)
+    if not as_json:
+        say("The server closed the stream.")
 
 
-def parse_filter(text: str) -> tuple[str, ...]:
-    """The directions in ``--filter``; none for all.
+def event_types(source: Source, filter_: str | None) -> tuple[str, ...]:
+    """The types to ask the server for.
 
     Raises:
-        WrongFilter: one of them is unknown.
+        WrongFilter: the filter has an unknown direction, or the source has none.
     """
-    parts = tuple(part.strip() for part in text.split(",")) if text else ()
-    if any(part not in ("input", "output") for part in parts):
+    if source is not Source.MODEL:
+        if filter_ is not None:
+            raise WrongFilter("--filter can only be used with --source model")
+        return (f"{source.value}.log",)
+    if filter_ is None:
+        return tuple(_PREDICTION + direction for direction in _TEXTS)
+    if not filter_.strip():
+        raise WrongFilter("--filter cannot be empty")
+    directions = tuple(part.strip() for part in filter_.split(","))
+    if any(direction not in _TEXTS for direction in directions):
         raise WrongFilter("--filter values must be 'input', 'output', or 'input,output'")
-    return parts
+    return tuple(_PREDICTION + direction for direction in directions)
 
 
-def format_event(event: dict[str, Any]) -> str:
-    """The event in LM Studio's layout, with an empty line after it."""
-    time = datetime.fromtimestamp(event["timestamp"] / 1000).strftime("%Y-%m-%d %H:%M:%S")
-    lines = [f"timestamp: {time}", f"type: {event['type']}"]
-    lines += [
-        f"{name}: {event[name]}" for name in ("modelIdentifier", "modelPath", "level", "message") if name in event
-    ]
-    choices = event.get("choices") or []
-    if len(choices) > 1:
-        lines += [f'output {choice["index"]}: "{choice["output"]}"' for choice in choices]
+def _print_event(event: Mapping[str, Any], *, as_json: bool, stats: bool) -> None:
+    """On a terminal a model's text does not drive it; other programs get the text as it is."""
+    if as_json:
+        text = json.dumps(event, ensure_ascii=False)
     else:
-        lines += [f'{direction}: "{event[direction]}"' for direction in ("input", "output") if direction in event]
-    if "stats" in event:
-        lines.append("stats:")
-        lines += [f"  {name}: {value}" for name, value in event["stats"].items()]
-    return "\n".join(lines) + "\n"
+        text = "\n".join(format_event(event, stats=stats))
+        text = visible(text) if sys.stdout.isatty() else text
+    print(text, flush=True)
 
 
-def _events(url: str, key: str, wanted: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The server's events until it closes the stream."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    params = {"types": ",".join(TYPE_PREFIX + direction for direction in wanted)} if wanted else {}
-    timeout = httpx.Timeout(10.0, read=None)
-    try:
-        with httpx.stream(
-            "GET", f"{url.rstrip('/')}/log/stream", headers=headers, params=params, timeout=timeout
-        ) as answer:
-            if answer.status_code != 200:
-                answer.read()
-                raise LogStreamFailed(f"{url} answers {answer.status_code}: {_reason(answer)}")
-            for line in answer.iter_lines():
-                if line.startswith("data:"):
-                    yield json.loads(line[5:])
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise LogStreamFailed(f"no answer from {url}: {error}") from error
+def format_event(event: Mapping[str, Any], *, stats: bool = False) -> Iterator[str]:
+    """The lines of LM Studio's layout. ``stats``: with figures, or with the words that there are none."""
+    kind = event["type"]
+    if kind == "runtime.log":
+        yield _runtime_line(event)
+        return
+    if not kind.startswith(_PREDICTION):
+        yield str(event.get("content", event.get("message", "")))
+        return
+    time = datetime.fromtimestamp(event["timestamp"] / 1000).strftime("%Y-%m-%d %H:%M:%S")
+    yield f"timestamp: {time}"
+    yield f"type: {kind}"
+    yield from (f"{name}: {event[name]}" for name in ("modelIdentifier", "modelPath") if name in event)
+    yield from (f"{name}: {_one_line(value)}" for name, value in event.items() if name not in _IN_PLACE)
+    yield from _text_lines(event)
+    if stats and "output" in event:
+        yield from _stats_lines(event)
+    yield "\n"  # with print's own line feed: two empty lines
 
 
-def _reason(answer: httpx.Response) -> str:
-    """The message of an OpenAI error object, or the body's beginning."""
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:200]
+def _text_lines(event: Mapping[str, Any]) -> Iterator[str]:
+    choices = event.get("choices") or ()
+    if len(choices) > 1:
+        for choice in choices:
+            yield f"output {choice['index']}:\n{choice['output']}"
+        return
+    yield from (f"{name}:\n{event[name]}" for name in _TEXTS if name in event)
+
+
+def _stats_lines(event: Mapping[str, Any]) -> Iterator[str]:
+    figures = event.get("stats")
+    if not figures:
+        yield "No stats available"
+        return
+    choices = event.get("choices") or ()
+    if len(choices) > 1:
+        yield from (f"stopReason {choice['index']}: {choice['stopReason']}" for choice in choices)
+        figures = {name: value for name, value in figures.items() if name != "stopReason"}
+    yield from (f"{name}: {value}" for name, value in figures.items())
+
+
+def _runtime_line(event: Mapping[str, Any]) -> str:
+    """``[LEVEL] engine@version (type) model pid=n message``, without what the event does not know."""
+    version = f"@{event['engineVersion']}" if event.get("engineVersion") else ""
+    parts = [
+        f"[{str(event.get('level', 'info')).upper()}]",
+        f"{event.get('engineName', '')}{version}",
+        f"({event['engineType']})" if event.get("engineType") else "",
+        event.get("modelIdentifier") or "",
+        f"pid={event['pid']}" if event.get("pid") else "",
+        str(event.get("message", "")),
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def _one_line(value: object) -> str:
+    """``{"seed": 5, "top_p": null}`` becomes seed=5."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        said = ((name, part) for name, part in value.items() if part is not None)
+        return " ".join(f"{name}={json.dumps(part, ensure_ascii=False)}" for name, part in said)
+    return json.dumps(value, ensure_ascii=False)

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Callable
 
 import typer
 
-from lmserve.cli import log, serve, version
+from lmserve.cli import chat, get, load, log, models, serve, status, version
+from lmserve.cli.pipes import until_the_reader_leaves
+from lmserve.cli.terminal import say
 from lmserve.errors import ConfigError, LMServeError, ModelLoadFailed
 
 EXIT_FAILED = 1
 EXIT_START_FAILED = 3
 
+
 app = typer.Typer(
     name="lmserve",
     help="An OpenAI-compatible server for Hugging Face transformers models.",
-    add_completion=False,
+    epilog="""Examples:
+
+\b
+  lmserve serve
+  lmserve chat
+  lmserve chat --help""",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's tables cut long option names off
 )
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
-app.command("version")(version.version)
+_CLIENTS: tuple[tuple[Callable[..., int | None], str], ...] = (
+    (status.status, status.EPILOG),
+    (models.ls, models.LS_EPILOG),
+    (models.ps, models.PS_EPILOG),
+    (get.get, get.EPILOG),
+    (load.load, load.LOAD_EPILOG),
+    (load.unload, load.UNLOAD_EPILOG),
+    (chat.chat, chat.EPILOG),
+    (version.version, version.EPILOG),
+)
+for _command, _epilog in _CLIENTS:
+    app.command(_command.__name__, epilog=_epilog)(until_the_reader_leaves(_command))
 app.add_typer(log.app, name="log")
 
 
@@ -31,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     Every failure is one line on standard error. No arguments: the help.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    _tolerate_locales()
     try:
         code = app(arguments or ["--help"], prog_name="lmserve", standalone_mode=False)
     except typer.TyperException as error:
@@ -42,6 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _tolerate_locales() -> None:
+    """A character that the locale does not have is no reason to die, nor are broken bytes that somebody types."""
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"), (sys.stdin, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def _fail(text: str, code: int) -> int:
-    print(f"lmserve: {' '.join(text.split())}", file=sys.stderr)
+    say(f"lmserve: {' '.join(text.split())}")
     return code

@@ -11,6 +11,11 @@ import typer
 
 from lmserve import __version__
 
+EPILOG = """Example:
+
+\b
+  lmserve version --json"""
+
 
 def version(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
     """Print the versions of lmserve, Python, torch and transformers."""
