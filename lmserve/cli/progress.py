@@ -12,13 +12,13 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
-from lmserve.cli.tables import format_size
+from lmserve.cli.tables import format_seconds, format_size
 from lmserve.cli.terminal import say, visible
 
 
@@ -33,7 +33,7 @@ class Bar:
         """The last one said, where there is no bar."""
         columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
         if counts_bytes:
-            columns += [DownloadColumn(binary_units=True), _Speed(), TextColumn("eta"), TimeRemainingColumn()]
+            columns += [DownloadColumn(binary_units=True), _Rate()]
         else:
             columns += [TaskProgressColumn(), TextColumn("{task.fields[stage]}", markup=False)]
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
@@ -69,9 +69,10 @@ class Bar:
             say(line)
 
 
-class _Speed(ProgressColumn):
-    """The server's figure: it knows better than the times of our questions."""
+class _Rate(ProgressColumn):
+    """Speed and time left by the server's figures: it knows better than the times at which we ask."""
 
-    def render(self, task: object) -> Text:
-        speed = getattr(task, "fields")["speed"]  # noqa: B009
-        return Text(f"{format_size(speed)}/s")
+    def render(self, task: Task) -> Text:
+        speed = task.fields["speed"]
+        left = f", {format_seconds(task.remaining / speed)} left" if speed > 0 and task.remaining is not None else ""
+        return Text(f"{format_size(speed)}/s{left}")

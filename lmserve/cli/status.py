@@ -64,6 +64,6 @@ def _print_facts(facts: dict[str, Any]) -> None:
     print("Health: ok" if facts["healthy"] else visible(f"Health: unavailable ({facts['reason']})"))
     print("\nLoaded models" if facts["models"] else "\nNo models are loaded.")
     for instance in facts["models"]:
-        size = format_size(instance.memory_bytes) if instance.memory_bytes else instance.status
-        state = "" if instance.state == "loaded" else f" ({instance.state})"
-        print(visible(f"  · {instance.id} - {size}{state}"))
+        known = [format_size(instance.memory_bytes)] if instance.memory_bytes else []
+        known += [instance.state] if instance.state != "loaded" else []
+        print(visible(f"  · {instance.id} - {', '.join(known)}"))
