@@ -131,10 +131,14 @@ def _answer_once(
 ) -> None:
     answer = Answer()
     is_terminal = sys.stdout.isatty()
-    with closing(conversation.ask(client, question, answer)) as pieces:
-        for piece in pieces:
-            if not as_json:
-                print(visible(piece) if is_terminal else piece, end="", flush=True)
+    try:
+        with closing(conversation.ask(client, question, answer)) as pieces:
+            for piece in pieces:
+                if not as_json:
+                    print(visible(piece) if is_terminal else piece, end="", flush=True)
+    finally:
+        if answer.text and not (as_json or answer.text.endswith("\n")):
+            print(flush=True)
     if as_json:
         print_json(
             {
@@ -144,6 +148,4 @@ def _answer_once(
                 "usage": answer.usage,
             }
         )
-    elif not answer.text.endswith("\n"):
-        print()
     report(answer, stats=stats)

@@ -58,26 +58,29 @@ class ChatLoop:
         say(f"Chatting with {self._conversation.model}. /help shows the commands, Ctrl-D leaves.")
         while True:
             try:
-                text = read_message()
+                text, is_quoted = read_message()
             except EOFError:
                 say()
                 return
             except KeyboardInterrupt:
                 say(f"\n{_HOW_TO_LEAVE}")
                 continue
-            if text.strip() in ("/exit", "/quit", "/bye"):
+            if is_quoted or not text.startswith("/"):
+                if text.strip():
+                    self._ask(text)
+            elif text.strip() in ("/exit", "/quit", "/bye"):
                 return
-            if text.strip():
-                self._take(text)
+            else:
+                self._obey(text)
 
-    def _take(self, text: str) -> None:
+    def _obey(self, text: str) -> None:
         name, _, rest = text.strip().partition(" ")
-        if "\n" in name or not name.startswith("/"):
-            self._ask(text)
-        elif name in self._commands:
+        if name in self._commands:
             self._commands[name](rest.strip())
         else:
-            say(f"There is no command {name}; /help shows them. (A message cannot begin with /, but after a space.)")
+            say(
+                f"There is no command {name}; /help shows them. (A message that begins with / needs a space before it.)"
+            )
 
     def _ask(self, question: str) -> bool:
         """A turn, if an answer or a part of it comes: whether one did. Errors are shown, and the dialogue goes on."""
@@ -186,20 +189,20 @@ def report(answer: Answer, *, stats: bool) -> None:
         say(f"({answer.figures()})")
 
 
-def read_message() -> str:
-    """One message, of one line or several.
+def read_message() -> tuple[str, bool]:
+    """One message, of one line or several; whether it stood between quotes, and so is no command.
 
     Raises:
         EOFError: the user leaves.
     """
     line = _read_line("> ")
     if line.lstrip().startswith(_QUOTES):
-        return _read_quoted(line.lstrip()[len(_QUOTES) :])
+        return _read_quoted(line.lstrip()[len(_QUOTES) :]), True
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
         lines.append(_read_line("... "))
-    return "\n".join(lines)
+    return "\n".join(lines), False
 
 
 def _read_quoted(first: str) -> str:

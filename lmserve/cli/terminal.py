@@ -60,8 +60,11 @@ def confirm(question: str) -> bool:
 
 def _ask(prompt: str) -> str:
     print(visible(prompt), end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        line = ""
     if not line:
-        say()
+        say()  # what follows has a line of its own
         raise KeyboardInterrupt
     return line.strip()

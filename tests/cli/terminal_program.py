@@ -42,17 +42,35 @@ class TerminalProgram:
         return _ESCAPES.sub("", self.screen).replace("\r\n", "\n")
 
     def type(self, text: str) -> None:
-        os.write(self._terminal, text.encode())
+        self.type_bytes(text.encode())
 
-    def until(self, expected: str) -> str:
-        """What is new up to the expected text. It must come."""
-        deadline = time.monotonic() + DEADLINE_SECONDS
+    def type_bytes(self, raw: bytes) -> None:
+        os.write(self._terminal, raw)
+
+    def until(self, expected: str) -> None:
+        """Reads up to the expected text. It must come."""
+        if not self._find(expected, DEADLINE_SECONDS):
+            raise AssertionError(f"{expected!r} did not come; the screen ends with {self.text[-2000:]!r}")
+
+    def interrupt(self, expected: str) -> None:
+        """Presses Ctrl-C while the program waits for a line, and reads up to the expected text.
+
+        Python does not see an interrupt that comes just before it waits (between its last look and ``select``): a
+        person would press the keys again, and so does this.
+        """
+        for _ in range(6):
+            self.type(CTRL_C)
+            if self._find(expected, DEADLINE_SECONDS / 6):
+                return
+        raise AssertionError(f"{expected!r} did not come; the screen ends with {self.text[-2000:]!r}")
+
+    def _find(self, expected: str, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
         while (found := self.text.find(expected, self._seen)) < 0:
             if not self._read(deadline):
-                raise AssertionError(f"{expected!r} did not come; the screen ends with {self.text[-2000:]!r}")
-        new = self.text[self._seen : found]
+                return False
         self._seen = found + len(expected)
-        return new
+        return True
 
     def line(self, text: str) -> None:
         """Waits for the chat's prompt, and types a line."""
@@ -81,15 +99,15 @@ class TerminalProgram:
 
 @contextmanager
 def at_terminal(
-    *arguments: str, columns: int = 100, stdin: bytes | None = None, stdout: int | None = None, **environment: str
+    *arguments: str, columns: int = 100, stdout: int | None = None, **environment: str
 ) -> Iterator[TerminalProgram]:
-    """Starts ``lmserve`` there. ``stdin``, ``stdout``: these elsewhere (bytes to read, a file to write)."""
+    """Starts ``lmserve`` there. ``stdout``: a file for that instead."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LMSERVE_")}
     process = subprocess.Popen(
         [sys.executable, "-c", _START, *arguments],
-        stdin=theirs if stdin is None else subprocess.PIPE,
+        stdin=theirs,
         stdout=theirs if stdout is None else stdout,
         stderr=theirs,
         env={**clean, "TERM": "xterm", "NO_COLOR": "", **environment},
@@ -97,9 +115,6 @@ def at_terminal(
     )
     os.close(theirs)
     try:
-        if process.stdin is not None and stdin is not None:
-            process.stdin.write(stdin)
-            process.stdin.close()
         yield TerminalProgram(process, ours)
     finally:
         process.kill()

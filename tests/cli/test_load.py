@@ -103,12 +103,15 @@ def test_a_person_is_asked_which() -> None:
             program.until("Number (1-4): ")
             program.type("other/bert\r")
             program.until("Use it as: model=other/bert")
-        for leaving in (CTRL_C, CTRL_D):
-            with at_terminal("load", "--url", url) as program:
-                program.until("Number (1-4): ")
-                program.type(leaving)
-                assert program.end() == 130
-                assert "Traceback" not in program.text
+        with at_terminal("load", "--url", url) as program:
+            program.until("Number (1-4): ")
+            program.type(CTRL_D)
+            assert program.end() == 130
+        with at_terminal("load", "--url", url) as interrupted:
+            interrupted.until("Number (1-4): ")
+            interrupted.interrupt("^C\n")
+            assert interrupted.end() == 130
+        assert "Traceback" not in program.text + interrupted.text
     assert [body["model"] for body in state.bodies(PATH)] == ["acme/qwen-small", "other/bert"]
 
 

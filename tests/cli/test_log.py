@@ -19,10 +19,12 @@ from starlette.routing import Route
 
 from lmserve.api.log import LogEndpoint
 from lmserve.api.middleware import ApiKeyMiddleware
-from lmserve.cli.log import WrongFilter, format_event, parse_filter
+from lmserve.cli.log import Source, WrongFilter, event_types, format_event
 from lmserve.config import Config
-from lmserve.service.log_stream import LogStream
+from lmserve.service.log_stream import LogStream, lost_events
 from tests.cli.running import lmserve
+from tests.cli.scripted_server import Refusal, Script, scripted_server
+from tests.cli.terminal_program import at_terminal
 
 INPUT: dict[str, Any] = {
     "timestamp": 1_700_000_000_000,
@@ -30,7 +32,9 @@ INPUT: dict[str, Any] = {
     "modelIdentifier": "tiny",
     "modelPath": "models/tiny",
     "request_id": "cmpl-1",
-    "input": "<|user|>\nGrüße 😀\n",
+    "input": "<|user|>\nGrüße 😀\u2028\x85\n",
+    "promptTokensCount": 7,
+    "parameters": {"seed": 5, "top_p": None, "stop": ["a b"]},
 }
 OUTPUT: dict[str, Any] = {
     **INPUT,
@@ -39,19 +43,21 @@ OUTPUT: dict[str, Any] = {
     "choices": [{"index": 0, "output": "Hello!"}],
     "stats": {"stopReason": "eosFound", "tokensPerSecond": 12.5},
 }
-del OUTPUT["input"]
+for _name in ("input", "promptTokensCount", "parameters"):
+    del OUTPUT[_name]
 
 
 @contextmanager
-def log_server(key: str = "", *, ends: bool = True) -> Iterator[str]:
+def log_server(key: str = "", *, ends: bool = True, token_ids: list[int] | None = None) -> Iterator[str]:
     """The real log endpoint on a real server: it tells each listener of one prediction, and hangs up. Its address."""
+    told = {**INPUT, "tokenIds": token_ids} if token_ids else INPUT
     log = LogStream()
     keys = [Middleware(ApiKeyMiddleware, keys=[key])] if key else []
     app = Starlette(routes=[Route("/log/stream", LogEndpoint(log, Config()).stream)], middleware=keys)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
 
     async def serve(listening: socket.socket) -> None:
-        telling = asyncio.create_task(tell_listeners(log, ends))
+        telling = asyncio.create_task(tell_listeners(log, told, ends))
         await server.serve([listening])
         telling.cancel()
 
@@ -65,11 +71,11 @@ def log_server(key: str = "", *, ends: bool = True) -> Iterator[str]:
             thread.join()
 
 
-async def tell_listeners(log: LogStream, ends: bool) -> None:
+async def tell_listeners(log: LogStream, told: dict[str, Any], ends: bool) -> None:
     while True:
         while not log.num_subscriptions:
             await asyncio.sleep(0.005)
-        log.publish(lambda: INPUT)
+        log.publish(lambda: told)
         log.publish(lambda: OUTPUT)
         if not ends:
             return
@@ -79,12 +85,13 @@ async def tell_listeners(log: LogStream, ends: bool) -> None:
 def test_for_people() -> None:
     with log_server() as url:
         done = lmserve("log", "stream", "--url", url, TZ="UTC")
-    assert done.stderr == ""
+    assert done.stderr == f"Streaming logs from {url}\nThe server closed the stream.\n"
     assert done.stdout == (
         "timestamp: 2023-11-14 22:13:20\ntype: llm.prediction.input\nmodelIdentifier: tiny\nmodelPath: models/tiny\n"
-        'input: "<|user|>\nGrüße 😀\n"\n\n'
+        'request_id: cmpl-1\npromptTokensCount: 7\nparameters: seed=5 stop=["a b"]\n'
+        "input:\n<|user|>\nGrüße 😀\u2028\x85\n\n\n\n"
         "timestamp: 2023-11-14 22:13:20\ntype: llm.prediction.output\nmodelIdentifier: tiny\nmodelPath: models/tiny\n"
-        'output: "Hello!"\n\n'
+        "request_id: cmpl-1\noutput:\nHello!\n\n\n"
     )
 
 
@@ -93,15 +100,26 @@ def test_one_json_object_a_line() -> None:
         bare = lmserve("log", "stream", "--json", "--url", url + "/")
         full = lmserve("log", "stream", "--json", "--stats", "--url", url)
     without_stats = {name: value for name, value in OUTPUT.items() if name != "stats"}
-    assert [json.loads(line) for line in bare.stdout.splitlines()] == [INPUT, without_stats]
-    assert [json.loads(line) for line in full.stdout.splitlines()] == [INPUT, OUTPUT]
+    assert [json.loads(line) for line in bare.stdout.split("\n") if line] == [INPUT, without_stats]
+    assert [json.loads(line) for line in full.stdout.split("\n") if line] == [INPUT, OUTPUT]
+    assert bare.stderr == ""
 
 
 def test_one_direction_with_figures() -> None:
     with log_server() as url:
         done = lmserve("log", "stream", "--filter", "output", "--stats", "--url", url)
+        only_input = lmserve("log", "stream", "--filter", " input ", "--json", "--url", url)
     assert "input" not in done.stdout
-    assert "stats:\n  stopReason: eosFound\n  tokensPerSecond: 12.5\n" in done.stdout
+    assert done.stdout.endswith("output:\nHello!\nstopReason: eosFound\ntokensPerSecond: 12.5\n\n\n")
+    assert [json.loads(line)["type"] for line in only_input.stdout.split("\n") if line] == [INPUT["type"]]
+
+
+def test_token_ids_on_demand() -> None:
+    with log_server(token_ids=[1, 2]) as url:
+        without = lmserve("log", "stream", "--filter", "input", "--url", url)
+        with_ids = lmserve("log", "stream", "--filter", "input", "--token-ids", "--url", url)
+    assert "tokenIds" not in without.stdout
+    assert "tokenIds: [1, 2]\n" in with_ids.stdout
 
 
 def test_a_server_that_asks_for_a_key() -> None:
@@ -110,7 +128,7 @@ def test_a_server_that_asks_for_a_key() -> None:
         by_option = lmserve("log", "stream", "--url", url, "--api-key", "secret")
         by_variable = lmserve("log", "stream", "--url", url, LMSERVE_API_KEY="secret,other")
     assert without.returncode == 1
-    assert without.stderr == f"lmserve: {url} answers 401: Missing or wrong API key.\n"
+    assert without.stderr == "lmserve: Missing or wrong API key. Give one with --api-key or LMSERVE_API_KEY.\n"
     assert by_option.stdout.count("type:") == by_variable.stdout.count("type:") == 2
 
 
@@ -136,27 +154,98 @@ def test_an_interrupt_ends_it_quietly() -> None:
     assert process.returncode == 130
 
 
-def test_several_choices_and_other_events() -> None:
-    two = {**OUTPUT, "choices": [{"index": 0, "output": "a"}, {"index": 1, "output": "b"}]}
-    del two["stats"]
-    assert format_event(two).splitlines()[-2:] == ['output 0: "a"', 'output 1: "b"']
-    lost = {"timestamp": 0, "type": "server.log", "level": "warning", "message": "3 events were dropped"}
-    assert format_event(lost).splitlines()[1:] == [
-        "type: server.log",
-        "level: warning",
-        "message: 3 events were dropped",
+def test_several_choices_and_no_figures() -> None:
+    choices = [
+        {"index": 0, "output": "a", "stopReason": "eosFound"},
+        {"index": 1, "output": "b\nc", "stopReason": "stopStringFound"},
     ]
+    two = {**OUTPUT, "choices": choices}
+    assert "\n".join(format_event(two, stats=True)).endswith(
+        "output 0:\na\noutput 1:\nb\nc\n"
+        "stopReason 0: eosFound\nstopReason 1: stopStringFound\ntokensPerSecond: 12.5\n\n"
+    )
+    del two["stats"]
+    assert list(format_event(two, stats=True))[-2:] == ["No stats available", "\n"]
+    assert list(format_event(two))[-2:] == ["output 1:\nb\nc", "\n"]
+
+
+def test_what_the_server_and_the_runtime_say() -> None:
+    runtime = {
+        "timestamp": 0,
+        "type": "runtime.log",
+        "engineName": "lmserve",
+        "engineVersion": "1.2",
+        "engineType": "transformers",
+        "modelIdentifier": "tiny",
+        "pid": 77,
+        "level": "warning",
+        "message": "memory is short",
+    }
+    bare = {"timestamp": 0, "type": "runtime.log", "engineName": "lmserve", "level": "info", "message": "hello"}
+    said = {"timestamp": 0, "type": "server.log", "level": "info", "content": "a line"}
+    script = Script(log_events=[runtime, bare, said])
+    with scripted_server(script) as url:
+        from_server = lmserve("log", "stream", "-s", "server", "--url", url)
+        from_runtime = lmserve("log", "stream", "--source", "runtime", "--json", "--url", url)
+    assert from_server.stdout == (
+        "[WARNING] lmserve@1.2 (transformers) tiny pid=77 memory is short\n[INFO] lmserve hello\na line\n"
+    )
+    assert [json.loads(line) for line in from_runtime.stdout.splitlines()] == script.log_events
+    assert [path for _, path, _ in script.asked] == ["/log/stream?types=server.log", "/log/stream?types=runtime.log"]
+
+
+def test_a_listener_that_lost_events_is_told() -> None:
+    with scripted_server(Script(log_events=[INPUT, lost_events(3)])) as url:
+        done = lmserve("log", "stream", "--url", url)
+    assert done.stdout.endswith("\n\n\n3 events were dropped because this listener is slow.\n")
+
+
+def test_texts_do_not_drive_the_terminal() -> None:
+    event = {**INPUT, "input": "a\x1b[2J\nb\tc"}
+    with scripted_server(Script(log_events=[event])) as url:
+        with at_terminal("log", "stream", "--url", url) as program:
+            assert program.end() == 0
+        piped = lmserve("log", "stream", "--url", url)
+    assert "input:\na\\x1b[2J\nb\tc\n" in program.text
+    assert "input:\na\x1b[2J\nb\tc\n" in piped.stdout
+
+
+def test_a_stream_that_breaks_is_a_failure() -> None:
+    with scripted_server(Script(log_events=[INPUT, json.loads(Refusal(0, "The log is lost.").body())])) as url:
+        done = lmserve("log", "stream", "--json", "--url", url)
+    assert (done.returncode, done.stderr) == (1, "lmserve: The log is lost.\n")
+    assert json.loads(done.stdout) == INPUT
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
-    [("", ()), ("input", ("input",)), ("input,output", ("input", "output")), ("output, input", ("output", "input"))],
+    ("source", "text", "types"),
+    [
+        (Source.MODEL, None, ("llm.prediction.input", "llm.prediction.output")),
+        (Source.MODEL, "input", ("llm.prediction.input",)),
+        (Source.MODEL, "output, input", ("llm.prediction.output", "llm.prediction.input")),
+        (Source.SERVER, None, ("server.log",)),
+        (Source.RUNTIME, None, ("runtime.log",)),
+    ],
 )
-def test_filters(text: str, parts: tuple[str, ...]) -> None:
-    assert parse_filter(text) == parts
+def test_filters(source: Source, text: str | None, types: tuple[str, ...]) -> None:
+    assert event_types(source, text) == types
 
 
 @pytest.mark.parametrize("text", ["in", "input,", "input output", ","])
 def test_filters_that_are_none(text: str) -> None:
     with pytest.raises(WrongFilter, match="'input', 'output', or 'input,output'"):
-        parse_filter(text)
+        event_types(Source.MODEL, text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--filter", ""], "--filter cannot be empty"),
+        (["--stats", "--source", "server"], "--stats can only be used with --source model"),
+        (["--filter", "input", "--source", "server"], "--filter can only be used with --source model"),
+        (["--token-ids", "--source", "runtime"], "--token-ids can only be used with --source model"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: list[str], says: str) -> None:
+    done = lmserve("log", "stream", *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"lmserve: {says}\n")
