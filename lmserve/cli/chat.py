@@ -15,7 +15,7 @@ from lmserve.cli.conversation import Answer, Conversation, encodable
 from lmserve.cli.load import NoChoice, load_model, pick_model
 from lmserve.cli.options import ApiKey, Url, complete_model
 from lmserve.cli.tables import print_json
-from lmserve.cli.terminal import can_ask, choose, visible
+from lmserve.cli.terminal import can_ask, choose, is_terminal, visible
 from lmserve.errors import LMServeError
 
 EPILOG = """Examples:
@@ -29,8 +29,6 @@ EPILOG = """Examples:
 In a chat: /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves."""
 TTL_SECONDS = 3600.0
 """Idle time of a model that was loaded for a chat: nobody thinks of unloading it."""
-
-_Number = Annotated[float | None, typer.Option(metavar="NUMBER")]
 
 
 class NothingToAsk(LMServeError):
@@ -51,13 +49,19 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Ask this, print the answer and end.")
     ] = None,
-    temperature: _Number = None,
-    top_p: _Number = None,
-    top_k: Annotated[int | None, typer.Option(metavar="NUMBER")] = None,
-    min_p: _Number = None,
-    repeat_penalty: _Number = None,
-    max_tokens: Annotated[int | None, typer.Option(metavar="NUMBER")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="NUMBER")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="0 is greedy [default: the model's, as for all of these].")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="Keep the likeliest tokens up to this share.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="NUMBER", help="Keep so many of the likeliest tokens.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="Keep tokens so likely, relative to the likeliest.")
+    ] = None,
+    repeat_penalty: Annotated[float | None, typer.Option(metavar="NUMBER", help="Above 1: less repetition.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="NUMBER", help="Of an answer, at most.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="The same seed gives the same answer.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="The figures of each answer, on standard error.")] = False,
     url: Url = "",
     api_key: ApiKey = "",
@@ -74,7 +78,7 @@ def chat(
         "seed": seed,
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    is_dialogue = prompt is None and sys.stdin.isatty()
+    is_dialogue = prompt is None and is_terminal(sys.stdin)
     if is_dialogue and as_json:
         raise typer.BadParameter("--json needs --prompt, or a prompt on standard input")
     with connect(url, api_key) as client:
@@ -87,7 +91,8 @@ def chat(
 
 
 def _question(prompt: str | None) -> str:
-    question = sys.stdin.read() if prompt is None else prompt
+    typed = sys.stdin.read() if prompt is None and sys.stdin is not None else ""
+    question = typed if prompt is None else prompt
     if not question.strip():
         raise NothingToAsk("there is no prompt: standard input is empty" if prompt is None else "the prompt is empty")
     return question
@@ -130,12 +135,12 @@ def _answer_once(
     client: ServerClient, conversation: Conversation, question: str, *, stats: bool, as_json: bool
 ) -> None:
     answer = Answer()
-    is_terminal = sys.stdout.isatty()
+    for_person = is_terminal(sys.stdout)
     try:
         with closing(conversation.ask(client, question, answer)) as pieces:
             for piece in pieces:
                 if not as_json:
-                    print(visible(piece) if is_terminal else piece, end="", flush=True)
+                    print(visible(piece) if for_person else piece, end="", flush=True)
     finally:
         if answer.text and not (as_json or answer.text.endswith("\n")):
             print(flush=True)

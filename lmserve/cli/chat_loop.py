@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lmserve.cli.client import ServerClient
 from lmserve.cli.conversation import Answer, Conversation, encodable
-from lmserve.cli.terminal import say, visible
+from lmserve.cli.terminal import is_terminal, say, visible
 from lmserve.errors import LMServeError
 
 HELP = """\
@@ -56,22 +56,28 @@ class ChatLoop:
         """Until the user leaves."""
         _edit_lines()
         say(f"Chatting with {self._conversation.model}. /help shows the commands, Ctrl-D leaves.")
-        while True:
+        stays = True
+        while stays:
             try:
-                text, is_quoted = read_message()
-            except EOFError:
-                say()
-                return
-            except KeyboardInterrupt:
+                stays = self._turn()
+            except KeyboardInterrupt:  # at the prompt, or once more after an answer was stopped
                 say(f"\n{_HOW_TO_LEAVE}")
-                continue
-            if is_quoted or not text.startswith("/"):
-                if text.strip():
-                    self._ask(text)
-            elif text.strip() in ("/exit", "/quit", "/bye"):
-                return
-            else:
-                self._obey(text)
+
+    def _turn(self) -> bool:
+        """One message or command. False: the user leaves."""
+        try:
+            text, is_quoted = read_message()
+        except EOFError:
+            say()
+            return False
+        if is_quoted or not text.startswith("/"):
+            if text.strip():
+                self._ask(text)
+        elif text.strip() in ("/exit", "/quit", "/bye"):
+            return False
+        else:
+            self._obey(text)
+        return True
 
     def _obey(self, text: str) -> None:
         name, _, rest = text.strip().partition(" ")
@@ -90,7 +96,7 @@ class ChatLoop:
         try:
             with closing(self._conversation.ask(self._client, question, answer)) as pieces:
                 for piece in pieces:
-                    print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+                    print(visible(piece) if is_terminal(sys.stdout) else piece, end="", flush=True)
         except KeyboardInterrupt:
             stopped = True
         except LMServeError as error:
@@ -215,7 +221,7 @@ def _read_quoted(first: str) -> str:
 
 def _read_line(prompt: str) -> str:
     """readline shows the prompt on standard output; where that is a file, it is shown beside it."""
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         return input(prompt)
     print(prompt, end="", file=sys.stderr, flush=True)
     return input()

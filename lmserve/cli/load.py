@@ -114,7 +114,9 @@ def pick_model(models: Sequence[ManagedModel], text: str, *, first: bool) -> str
         return fitting[0] if fitting else text
     if not keys:
         raise NoChoice("there are no models yet; get one with: lmserve get MODEL")
-    if first and text:
+    if first and not text:
+        raise NoChoice("--yes needs a MODEL")
+    if first:
         return next((key for key in fitting if key.lower().startswith(text.lower())), fitting[0])
     return _choose("Which model?", fitting, f"{text!r} is a part of several names" if text else "no MODEL given")
 

@@ -14,7 +14,7 @@ import typer
 from lmserve.cli.client import connect
 from lmserve.cli.options import ApiKey, Url
 from lmserve.cli.pipes import until_the_reader_leaves
-from lmserve.cli.terminal import say, visible
+from lmserve.cli.terminal import is_terminal, say, visible
 from lmserve.errors import LMServeError
 
 EPILOG = """Examples:
@@ -107,12 +107,8 @@ def event_types(source: Source, filter_: str | None) -> tuple[str, ...]:
 
 def _print_event(event: Mapping[str, Any], *, as_json: bool, stats: bool) -> None:
     """On a terminal a model's text does not drive it; other programs get the text as it is."""
-    if as_json:
-        text = json.dumps(event, ensure_ascii=False)
-    else:
-        text = "\n".join(format_event(event, stats=stats))
-        text = visible(text) if sys.stdout.isatty() else text
-    print(text, flush=True)
+    text = json.dumps(event, ensure_ascii=False) if as_json else "\n".join(format_event(event, stats=stats))
+    print(visible(text) if is_terminal(sys.stdout) else text, flush=True)
 
 
 def format_event(event: Mapping[str, Any], *, stats: bool = False) -> Iterator[str]:

@@ -17,6 +17,13 @@ EXIT_FAILED = 1
 EXIT_START_FAILED = 3
 
 
+_SERVE_EXAMPLES = """Examples:
+
+\b
+  lmserve serve
+  lmserve serve Qwen/Qwen2.5-0.5B-Instruct --max-model-len 8192
+  lmserve serve small=/models/qwen2.5-0.5b --port 8080"""
+
 app = typer.Typer(
     name="lmserve",
     help="An OpenAI-compatible server for Hugging Face transformers models.",
@@ -29,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's tables cut long option names off
 )
-app.command("serve", epilog=serve.EPILOG)(serve.serve)
+app.command("serve", epilog=f"{_SERVE_EXAMPLES}\n\n{serve.EPILOG}")(serve.serve)
 _CLIENTS: tuple[tuple[Callable[..., int | None], str], ...] = (
     (status.status, status.EPILOG),
     (models.ls, models.LS_EPILOG),

@@ -18,7 +18,7 @@ def until_the_reader_leaves(command: Callable[P, int | None]) -> Callable[P, int
     def guarded(*arguments: P.args, **options: P.kwargs) -> int | None:
         try:
             code = command(*arguments, **options)
-            sys.stdout.flush()
+            print(end="", flush=True)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer goes there
             return 0

@@ -19,14 +19,15 @@ from rich.progress import (
 from rich.text import Text
 
 from lmserve.cli.tables import format_seconds, format_size
-from lmserve.cli.terminal import say, visible
+from lmserve.cli.terminal import is_terminal, say, visible
 
 
 class Bar:
     """Shows one task until the block is left; a bar is then gone from the screen."""
 
     def __init__(self, label: str, *, counts_bytes: bool = False) -> None:
-        self._shows_bar = sys.stderr.isatty()
+        console = Console(stderr=True)
+        self._shows_bar = is_terminal(sys.stderr) and not console.is_dumb_terminal
         self._counts_bytes = counts_bytes
         self._label = label
         self._line = ""
@@ -36,7 +37,7 @@ class Bar:
             columns += [DownloadColumn(binary_units=True), _Rate()]
         else:
             columns += [TaskProgressColumn(), TextColumn("{task.fields[stage]}", markup=False)]
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._progress = Progress(*columns, console=console, transient=True)
         self._task = self._progress.add_task(visible(label), total=None if counts_bytes else 1.0, stage="", speed=0.0)
 
     def __enter__(self) -> Bar:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lmserve.cli.terminal import visible
+from lmserve.cli.terminal import is_terminal, visible
 
 _NO_LIMIT = 100_000
 """Columns. A table is as wide as its cells: a narrow terminal wraps its lines, and no name is cut off."""
@@ -22,7 +22,7 @@ _NO_LIMIT = 100_000
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Lines and colours on a terminal; plain columns, two spaces apart, for other programs. ``title`` may be empty."""
     cells = [[visible(cell).replace("\n", " ").replace("\t", " ") for cell in row] for row in rows]
-    if not sys.stdout.isatty():
+    if not is_terminal(sys.stdout):
         _print_plain(title, [list(columns), *cells])
         return
     if title:
@@ -47,7 +47,8 @@ def _print_plain(title: str, lines: Sequence[Sequence[str]]) -> None:
 
 def print_json(document: Any) -> None:
     """One line. ``document``: a struct, or what JSON knows."""
-    print(msgspec.json.encode(document).decode())
+    text = msgspec.json.encode(document).decode()
+    print(visible(text) if is_terminal(sys.stdout) else text)
 
 
 def format_size(count: float) -> str:

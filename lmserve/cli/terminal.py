@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Sequence
+from typing import TextIO
 
 _BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """They change in which order text is shown that stands elsewhere."""
@@ -31,9 +32,14 @@ def say(text: str = "") -> None:
     print(visible(text), file=sys.stderr, flush=True)
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """A program that was started without such a stream has None there."""
+    return stream is not None and stream.isatty()
+
+
 def can_ask() -> bool:
     """Whether there is somebody who sees a question and can answer it."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
+    return is_terminal(sys.stdin) and is_terminal(sys.stderr)
 
 
 def choose(question: str, choices: Sequence[str]) -> str:
@@ -59,8 +65,8 @@ def confirm(question: str) -> bool:
 
 
 def _ask(prompt: str) -> str:
-    print(visible(prompt), end="", file=sys.stderr, flush=True)
     try:
+        print(visible(prompt), end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
     except KeyboardInterrupt:
         line = ""

@@ -62,6 +62,8 @@ class TerminalProgram:
             self.type(CTRL_C)
             if self._find(expected, DEADLINE_SECONDS / 6):
                 return
+            if self.process.poll() is not None:
+                break
         raise AssertionError(f"{expected!r} did not come; the screen ends with {self.text[-2000:]!r}")
 
     def _find(self, expected: str, seconds: float) -> bool:

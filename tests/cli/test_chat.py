@@ -171,3 +171,10 @@ def test_json_is_for_one_answer() -> None:
     with scripted_server(script()) as url, at_terminal("chat", "--json", "--url", url) as program:
         assert program.end() == 2
     assert "--json needs --prompt" in program.text
+
+
+def test_no_standard_input_at_all() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m lmserve chat <&-"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "lmserve: there is no prompt: standard input is empty\n")

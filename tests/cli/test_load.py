@@ -81,8 +81,10 @@ def test_a_name_that_fits_several() -> None:
     with scripted_server(state) as url:
         part = lmserve("load", "qwen", "--url", url)
         nothing = lmserve("load", "--url", url)
+        only_yes = lmserve("load", "--yes", "--url", url)
     assert (part.returncode, part.stdout) == (1, "")
     assert part.stderr == ("lmserve: 'qwen' is a part of several names: acme/qwen-big, acme/qwen-small, qwen-plain\n")
+    assert only_yes.stderr == "lmserve: --yes needs a MODEL\n"
     assert nothing.stderr.startswith("lmserve: no MODEL given: acme/qwen-big,")
     assert state.bodies(PATH) == []
 

@@ -52,7 +52,7 @@ def test_every_command_shows_examples_that_it_takes(command: str) -> None:
         assert own.startswith(f"lmserve {command}")
         for option in re.findall(r" (--?[a-z][a-z-]*)", own):
             assert re.search(rf"(^|\s){option}[ ,]", done.stdout.partition("Example")[0])
-    assert "…" not in done.stdout
+    assert not re.search(r"\w…", done.stdout)
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("serve", "version", "status")])
