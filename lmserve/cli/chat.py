@@ -91,7 +91,7 @@ def chat(
 
 
 def _question(prompt: str | None) -> str:
-    typed = sys.stdin.read() if prompt is None and sys.stdin is not None else ""
+    typed = sys.stdin.read().removesuffix("\n") if prompt is None and sys.stdin is not None else ""
     question = typed if prompt is None else prompt
     if not question.strip():
         raise NothingToAsk("there is no prompt: standard input is empty" if prompt is None else "the prompt is empty")

@@ -171,6 +171,6 @@ def _one_line(value: object) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        said = ((name, part) for name, part in value.items() if part is not None)
+        said = ((name, part) for name, part in value.items() if part not in (None, [], {}))
         return " ".join(f"{name}={json.dumps(part, ensure_ascii=False)}" for name, part in said)
     return json.dumps(value, ensure_ascii=False)

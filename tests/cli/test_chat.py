@@ -75,7 +75,7 @@ def test_standard_input_is_one_prompt() -> None:
         done = piped("two\nlines\n", "--url", url)
         empty = piped(" \n", "--url", url)
     assert (done.returncode, done.stdout, done.stderr) == (0, "Grüße\n", "")
-    assert [body["messages"] for body in state.bodies(PATH)] == [[{"role": "user", "content": "two\nlines\n"}]]
+    assert [body["messages"] for body in state.bodies(PATH)] == [[{"role": "user", "content": "two\nlines"}]]
     assert (empty.returncode, empty.stderr) == (1, "lmserve: there is no prompt: standard input is empty\n")
 
 

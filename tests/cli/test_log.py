@@ -34,7 +34,7 @@ INPUT: dict[str, Any] = {
     "request_id": "cmpl-1",
     "input": "<|user|>\nGrüße 😀\u2028\x85\n",
     "promptTokensCount": 7,
-    "parameters": {"seed": 5, "top_p": None, "stop": ["a b"]},
+    "parameters": {"seed": 5, "top_p": None, "min_p": 0, "logit_bias": {}, "stop": ["a b"]},
 }
 OUTPUT: dict[str, Any] = {
     **INPUT,
@@ -88,7 +88,7 @@ def test_for_people() -> None:
     assert done.stderr == f"Streaming logs from {url}\nThe server closed the stream.\n"
     assert done.stdout == (
         "timestamp: 2023-11-14 22:13:20\ntype: llm.prediction.input\nmodelIdentifier: tiny\nmodelPath: models/tiny\n"
-        'request_id: cmpl-1\npromptTokensCount: 7\nparameters: seed=5 stop=["a b"]\n'
+        'request_id: cmpl-1\npromptTokensCount: 7\nparameters: seed=5 min_p=0 stop=["a b"]\n'
         "input:\n<|user|>\nGrüße 😀\u2028\x85\n\n\n\n"
         "timestamp: 2023-11-14 22:13:20\ntype: llm.prediction.output\nmodelIdentifier: tiny\nmodelPath: models/tiny\n"
         "request_id: cmpl-1\noutput:\nHello!\n\n\n"
