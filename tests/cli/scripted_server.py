@@ -161,6 +161,9 @@ class Script:
     abandoned: threading.Event = field(default_factory=threading.Event)
     """A client left a stream that was not at its end."""
 
+    chat_began: threading.Event = field(default_factory=threading.Event)
+    """A stream of a chat is open."""
+
     def bodies(self, path: str) -> list[Any]:
         return [body for _, asked, body in self.asked if asked == path]
 
@@ -254,7 +257,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         jobs = self.script.downloads
         self._answer(jobs.pop(0) if len(jobs) > 1 else jobs[0])
 
-    def _chat(self, body: Any) -> None:
+    def _chat(self, _: Any) -> None:
         if self.script.chat_refusals:
             self._refuse(self.script.chat_refusals.pop(0))
             return
@@ -295,6 +298,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         try:
             self._chunk(b": listening\n\n")
+            if self.path == "/v1/chat/completions":
+                self.script.chat_began.set()
             for event in events:
                 data = b"[DONE]" if event == "[DONE]" else msgspec.json.encode(event)
                 self._chunk(b"data: " + data + b"\n\n")

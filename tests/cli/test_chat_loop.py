@@ -61,8 +61,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
 def test_ctrl_c_before_anything_came() -> None:
     with dialogue(pieces=[], chat_ends=False) as (program, state):
         program.line("One?")
-        while not state.bodies(PATH):
-            pass
+        assert state.chat_began.wait(60)
         program.type(CTRL_C)
         program.until("Stopped before anything came; /retry sends it again.")
         state.pieces, state.chat_ends = ["Now."], True
