@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.interface import MemoryPlan
-from lmserve.runtime.kv_cache import block_bytes
+from lmserve.runtime.kv_cache import LayerShape, block_bytes
 from lmserve.runtime.loader import choose_dtype, native_context_length, read_model_config
 from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
@@ -43,7 +43,7 @@ def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
     """
     source = read_model_config(config)
     device, dtype = source.device, choose_dtype(config.dtype, source.checkpoint_dtype, source.device)
-    model = _hollow_model(source.config, dtype, config.trust_remote_code)
+    model = _hollow_model(source.config, config.trust_remote_code)
     quantized = getattr(source.config, "quantization_config", None) is not None and not source.is_gguf
     weights = _file_bytes(Path(config.model)) if quantized else 0
     weights = weights or weight_bytes(model, device, dtype)
@@ -69,9 +69,9 @@ def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
 def weight_bytes(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
     """Of the weights as they will stand in memory: a prepacked one whose tensor others use too is there twice."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
     prepacked = [linear.weight for _, _, linear in linears_to_prepack(model, device, dtype)]
-    return total + sum(w.numel() * w.element_size() for w in prepacked if owners[id(w)] > 1)
+    twice = [weight for weight in prepacked if owners[id(weight)] > 1]
+    return sum(weight.numel() * dtype.itemsize for weight in (*model.parameters(), *twice))
 
 
 def activation_bytes(model: nn.Module, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
@@ -90,11 +90,12 @@ def num_batched_tokens(config: ModelConfig, device: torch.device) -> int:
     return config.max_num_batched_tokens or (CPU_BATCHED_TOKENS if device.type == "cpu" else GPU_BATCHED_TOKENS)
 
 
-def _hollow_model(model_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _hollow_model(model_config: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """In bfloat16, whatever it will run in: torch's grouped products, without data, know no other format."""
     try:
         with torch.device("meta"):
             make: Any = AutoModelForCausalLM.from_config
-            model: PreTrainedModel = make(model_config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = make(model_config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelLoadFailed(f"{type(model_config).__name__}: {error}") from error
     model.train(False)
@@ -110,6 +111,8 @@ def _cache_size(
             shapes = PackedLane(model).probe()
     except UnsupportedModel as error:
         raise ModelLoadFailed(f"{type(model).__name__} cannot be served: {error}") from error
+    except Exception:  # a model whose forward wants real numbers: its configuration has to do
+        shapes = _usual_shapes(model)
     bytes_per_block = block_bytes(shapes, config.block_size, dtype)
     native = native_context_length(model)
     least = config.max_model_len or min(native or LEAST_CONTEXT, LEAST_CONTEXT)
@@ -130,6 +133,14 @@ def _cache_size(
         blocks = max(-(-least // config.block_size), config.kv_cache_memory // bytes_per_block)
         size = CacheSize(blocks, min(least, blocks * config.block_size))
     return size, bytes_per_block
+
+
+def _usual_shapes(model: PreTrainedModel) -> dict[int, LayerShape]:
+    """As most configurations say it."""
+    text: Any = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return dict.fromkeys(range(text.num_hidden_layers), LayerShape(heads, head_size, head_size))
 
 
 def _fixed_bytes(device: torch.device) -> int:

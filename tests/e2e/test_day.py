@@ -28,10 +28,10 @@ def server(tmp_path: Path, tiny_folder: Path) -> Iterator[Server]:
     models = tmp_path / "models"
     for name in ("one", "two"):
         shutil.copytree(tiny_folder, models / "shelf" / name)
-    environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "LMSERVE_CACHE": str(tmp_path / "cache")}
     arguments = ("--models-dir", str(models), "--alias", f"big={models / 'shelf' / 'two'}", "--threads", "1")
     limits = ("--max-model-len", "2000", "--keep-alive-seconds", "0.2", "--kv-cache-memory", "64MiB")
-    with start(tmp_path, *arguments, *limits, **environment) as running:
+    cache = str(tmp_path / "cache")
+    with start(tmp_path, *arguments, *limits, HF_HUB_CACHE=cache, LMSERVE_CACHE=cache) as running:
         yield running
 
 
