@@ -7,12 +7,15 @@ LMServeError
 │   ├── UnsupportedField     a field that lmserve knows of and does not honour (yet)
 │   ├── ContextLengthExceeded
 │   ├── PromptTooLong        longer than this server is configured to take
-│   └── ModelNotFound
+│   ├── ModelNotFound
+│   ├── JobNotFound          no download has this id
+│   └── DownloadRefused      a download that cannot be: no access, no space, no network allowed
 ├── Unavailable              try again later
 │   ├── QueueFull
 │   ├── FirstTokenTimeout    it waited too long for its first token
 │   ├── InsufficientMemory   the model does not fit beside what is loaded
 │   ├── ModelUnloaded        somebody unloaded the model meanwhile
+│   ├── HubUnreachable       the place that models are downloaded from
 │   └── NotReady             starting, draining, or the worker is being started again
 └── EngineError              our fault, or the machine's
     ├── ModelLoadFailed
@@ -77,6 +80,14 @@ class ModelNotFound(RequestError):
     """No loaded model answers to the name."""
 
 
+class JobNotFound(RequestError):
+    """No download has the id, or it was forgotten."""
+
+
+class DownloadRefused(RequestError):
+    """The server may not download the model, or has no space for it."""
+
+
 class Unavailable(LMServeError):
     """The server cannot take the request now. ``retry_after`` is in seconds."""
 
@@ -99,6 +110,8 @@ class InsufficientMemory(Unavailable):
 
 class ModelUnloaded(Unavailable):
     """The model was unloaded while the request ran or waited."""
+class HubUnreachable(Unavailable):
+    """The hub that models are downloaded from cannot be reached, or is out of order."""
 
 
 class NotReady(Unavailable):

@@ -10,7 +10,8 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Generator
+from collections.abc import Coroutine, Generator
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -18,10 +19,12 @@ from starlette.applications import Starlette
 
 from lmserve import __version__
 from lmserve.api.app import create_app
+from lmserve.api.downloads import DownloadsEndpoint
 from lmserve.api.manage import manage_operations
 from lmserve.config import Config
 from lmserve.errors import ConfigError, LMServeError, ModelLoadFailed
 from lmserve.models.admission import size
+from lmserve.models.downloads import Downloads
 from lmserve.models.entry import ModelEntry
 from lmserve.models.life import Observer
 from lmserve.models.manager import ModelManager
@@ -50,7 +53,9 @@ async def _serve(config: Config, sock: socket.socket) -> int:
     teller = _Teller(log)
     models = ModelManager(config, teller)
     service = teller.service = GenerationService(models, log, config)
-    app = create_app(service, models, log, config, manage_operations(models, config))
+    downloads = Downloads(lambda job: teller.downloaded(models))
+    more = [*manage_operations(models, config), *DownloadsEndpoint(downloads, config).operations()]
+    app = create_app(service, models, log, config, more)
     http_server = _HttpServer(_uvicorn_config(config, app))
     stopping = _stop_on_signals(http_server)
     logging.getLogger("lmserve").addHandler(handler := LogStreamHandler(log))
@@ -76,6 +81,7 @@ async def _serve(config: Config, sock: socket.socket) -> int:
             task.cancel()
         await asyncio.gather(http, loaded, stop, return_exceptions=True)
         service.close()
+        await downloads.close()
         await models.stop()
         logging.getLogger("lmserve").removeHandler(handler)
 
@@ -107,9 +113,7 @@ class _Teller(Observer):
 
     def placed(self, entry: ModelEntry) -> None:
         """The tokenizer is read while the worker reads the weights. If that fails, the first who needs it hears why."""
-        task = asyncio.get_running_loop().create_task(self._load_text(entry))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._spawn(self._load_text(entry))
 
     def staged(self, entry: ModelEntry) -> None:
         if self._stages.get(entry) != entry.stage:
@@ -125,8 +129,17 @@ class _Teller(Observer):
         if self.service is not None:
             self.service.forget(entry)
 
+    def downloaded(self, models: ModelManager) -> None:
+        """A model has come: it is known from now on."""
+        self._spawn(models.refresh(now=True))
+
     def _publish(self, entry: ModelEntry, pid: int, line: str) -> None:
         self._log.publish(lambda: runtime_event(entry.model_id, entry.config.device, pid, "info", line))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _load_text(self, entry: ModelEntry) -> None:
         if self.service is not None:

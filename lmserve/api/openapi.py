@@ -25,6 +25,7 @@ _HEADERS = {
     REQUEST_ID_HEADER: {"description": "The client's, if it sent a sane one", "schema": {"type": "string"}},
     IGNORED_HEADER: {"description": "Fields of the body without effect, if any", "schema": {"type": "string"}},
 }
+_IN_PATH = re.compile(r"\{(\w+)(?::path)?\}")
 _REF = "#/components/schemas/{name}"
 
 

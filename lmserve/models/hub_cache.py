@@ -1,4 +1,4 @@
-"""One repository in the cache that huggingface_hub keeps: what is there of a commit, whether it is right, what is litter.
+"""One repository in huggingface_hub's cache: what is there of a commit, whether it is right, and what is litter.
 
 The layout is huggingface_hub's own: ``blobs/ETAG``, ``snapshots/COMMIT/NAME`` that link to them, and while a file comes
 ``blobs/ETAG.XXXXXXXX.incomplete`` (before its version 2: ``blobs/ETAG.incomplete``) under the lock
@@ -47,7 +47,9 @@ class CachedCommit:
     def present_bytes(self) -> int:
         """Of all files, with what there is of those that are coming."""
         coming = self._coming()
-        return sum(file.size if self._is_there(file) else min(file.size, coming.get(file.etag, 0)) for file in self._files)
+        return sum(
+            file.size if self._is_there(file) else min(file.size, coming.get(file.etag, 0)) for file in self._files
+        )
 
     def mark_unchecked(self, files: Sequence[HubFile]) -> None:
         """Remembers, on disk, that these are not to be trusted until ``check`` has seen them."""

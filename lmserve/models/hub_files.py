@@ -13,7 +13,9 @@ MAX_NAMED = 30
 """Files that a refusal lists."""
 
 _SIDE_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe", ".py", ".v3"})
-_OTHER_FORMATS = frozenset({"original", "onnx", "openvino", "coreml", "flax", "tf", "tflite", "runs", "figures", "assets"})
+_OTHER_FORMATS = frozenset(
+    {"original", "onnx", "openvino", "coreml", "flax", "tf", "tflite", "runs", "figures", "assets"}
+)
 """Folders that hold the model once more, for others, or nothing of it."""
 _WHOLE = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
 _SHARD = {

@@ -10,7 +10,7 @@ from lmserve.api.schema.chat import ChatCompletionRequest
 from lmserve.api.schema.completions import CompletionRequest
 from lmserve.api.schema.embeddings import EmbeddingRequest
 from lmserve.api.schema.fields import Field, Treatment, table
-from lmserve.api.schema.manage import LoadRequest, UnloadRequest
+from lmserve.api.schema.manage import DownloadRequest, LoadRequest, UnloadRequest
 from lmserve.api.schema.sampling import SamplingFields
 from lmserve.api.schema.tokens import ApplyTemplateRequest, DetokenizeRequest, TokenizeRequest
 
@@ -34,6 +34,7 @@ _SECTIONS: tuple[tuple[str, type[msgspec.Struct], type[msgspec.Struct] | None], 
     ("POST /apply-template", ApplyTemplateRequest, None),
     ("POST /api/v1/models/load", LoadRequest, None),
     ("POST /api/v1/models/unload", UnloadRequest, None),
+    ("POST /api/v1/models/download", DownloadRequest, None),
 )
 
 
