@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from lmserve import __version__
 from lmserve.api.app import create_app
 from lmserve.api.downloads import DownloadsEndpoint
-from lmserve.api.manage import manage_operations
+from lmserve.api.manage import ManageEndpoint
 from lmserve.config import Config
 from lmserve.errors import ConfigError, LMServeError, ModelLoadFailed
 from lmserve.models.admission import size
@@ -54,7 +54,7 @@ async def _serve(config: Config, sock: socket.socket) -> int:
     models = ModelManager(config, teller)
     service = teller.service = GenerationService(models, log, config)
     downloads = Downloads(lambda job: teller.downloaded(models))
-    more = [*manage_operations(models, config), *DownloadsEndpoint(downloads, config).operations()]
+    more = [*ManageEndpoint(models, config).operations(), *DownloadsEndpoint(downloads, config).operations()]
     app = create_app(service, models, log, config, more)
     http_server = _HttpServer(_uvicorn_config(config, app))
     stopping = _stop_on_signals(http_server)

@@ -6,7 +6,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal
 
 import msgspec
@@ -38,6 +38,7 @@ from lmserve.models.entry import LoadOptions, ModelEntry
 from lmserve.models.manager import ModelManager
 from lmserve.service.request import context_length
 
+BASE = "/api/v1/models"
 PROGRESS_SECONDS = 0.1
 """How often a load's stream looks how far it is."""
 MAX_LENGTH = 2**31 - 1
@@ -50,6 +51,23 @@ class ManageEndpoint:
     def __init__(self, manager: ModelManager, settings: ApiSettings) -> None:
         self._manager = manager
         self._settings = settings
+
+    def operations(self) -> Sequence[Operation]:
+        """The paths, for the application's table."""
+        return [
+            Operation("GET", BASE, self.list, "All models and their instances", answer=ManagedModels),
+            Operation(
+                "POST",
+                f"{BASE}/load",
+                self.load,
+                "Load a model, or say what it would take",
+                body=LoadRequest,
+                answer=LoadAnswer,
+                other_answer=MemoryEstimate,
+                chunk=LoadEvent,
+            ),
+            Operation("POST", f"{BASE}/unload", self.unload, "Unload one", body=UnloadRequest, answer=UnloadAnswer),
+        ]
 
     async def list(self, _: Request) -> Response:
         """Every known model once, with its instances."""
@@ -137,26 +155,6 @@ class ManageEndpoint:
             fits=estimate.fits,
             message=estimate.message,
         )
-
-
-def manage_operations(manager: ModelManager, settings: ApiSettings) -> list[Operation]:
-    """Its paths."""
-    endpoint = ManageEndpoint(manager, settings)
-    base = "/api/v1/models"
-    return [
-        Operation("GET", base, endpoint.list, "All models and their instances", answer=ManagedModels),
-        Operation(
-            "POST",
-            f"{base}/load",
-            endpoint.load,
-            "Load a model, or say what it would take",
-            body=LoadRequest,
-            answer=LoadAnswer,
-            other_answer=MemoryEstimate,
-            chunk=LoadEvent,
-        ),
-        Operation("POST", f"{base}/unload", endpoint.unload, "Unload a model", body=UnloadRequest, answer=UnloadAnswer),
-    ]
 
 
 def _options(body: LoadRequest) -> LoadOptions:

@@ -1,8 +1,8 @@
 """The process of one download: ``python -m lmserve.models.hub_download MODEL REVISION [QUANTIZATION]``.
 
-It is a process of its own so that a cancelled download ends at once, and so that the API process, which streams tokens,
-has neither huggingface_hub nor its threads in it. What it has to say is on its standard output (``hub_messages``). The
-endpoint, the cache and the token are what huggingface_hub reads from the environment.
+It is a process of its own so that a cancelled download ends at once, and so that threads that copy gigabytes and reckon
+checksums never keep the API process from its streams. What it has to say is on its standard output (``hub_messages``).
+Endpoint, cache and token are what huggingface_hub reads from the environment.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -15,6 +16,11 @@ import openai
 import uvicorn
 
 from lmserve.api.app import create_app
+from lmserve.api.downloads import DownloadsEndpoint
+from lmserve.api.manage import ManageEndpoint
+from lmserve.config import Config
+from lmserve.models.downloads import Downloads, Job
+from lmserve.models.manager import ModelManager
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
 from tests.api.stub_engine import Script, Settings, StubEngine, StubEntry, StubModels, runner_info
@@ -22,6 +28,7 @@ from tests.service import tokenizers_for_tests as made
 
 PATIENCE = 20.0
 """Seconds that anything may take before a test is wrong."""
+OFFLINE = types.MappingProxyType({"HF_HUB_OFFLINE": "1"})
 
 
 def says(*texts: str) -> Script:
@@ -42,6 +49,8 @@ class RunningServer:
     url: str
     models: StubModels
     log: LogStream
+    completed: list[Job]
+    """Downloads that left a model in the cache."""
 
     @property
     def entry(self) -> StubEntry:
@@ -90,22 +99,39 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def running_server(settings: Settings | None = None) -> Iterator[RunningServer]:
-    """Starts it in a thread, and ends it."""
+def running_server(
+    settings: Settings | None = None,
+    environ: Mapping[str, str] = OFFLINE,
+    aliases: tuple[tuple[str, str], ...] = (),
+) -> Iterator[RunningServer]:
+    """Starts it in a thread, and ends it.
+
+    ``environ`` is what its downloads go by, ``aliases`` the models that /api/v1/models knows: real ones, if any.
+    """
     entry, log = StubEntry(StubEngine(runner_info(), says("Hello there!"))), LogStream()
     models = StubModels(entry)
     config = settings or Settings()
     service = GenerationService(models, log, config, load_text=lambda _: made.smollm2())
     made.smollm2()
-    app = create_app(service, models, log, config)
+    completed: list[Job] = []
+    downloads = Downloads(completed.append, environ)
+    manager = ModelManager(Config(aliases=aliases))
+    more = [*ManageEndpoint(manager, config).operations(), *DownloadsEndpoint(downloads, config).operations()]
+    app = create_app(service, models, log, config, more)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", http="httptools"))
+
+    async def serve(listening: socket.socket) -> None:
+        await server.serve([listening])
+        await downloads.close()
+        await manager.stop()
+
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+        thread = threading.Thread(target=lambda: asyncio.run(serve(listening)))
         thread.start()
         try:
             wait_until(lambda: server.started)
-            yield RunningServer(f"http://127.0.0.1:{port}", models, log)
+            yield RunningServer(f"http://127.0.0.1:{port}", models, log, completed)
         finally:
             server.should_exit = True
             thread.join(PATIENCE)

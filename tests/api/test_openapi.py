@@ -13,6 +13,7 @@ from starlette.routing import Route
 from lmserve.api.app import create_app
 from lmserve.api.openapi import body_schema
 from lmserve.api.schema.chat import ChatCompletionRequest
+from lmserve.models.downloads import Downloads
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
 from tests.api.running_server import RunningServer, goes_on, running_server
@@ -27,8 +28,10 @@ KEPT = (
     "unsupported_method",
 )
 WITHOUT_BODY = ["/v1/models", "/v1/models/{model_id}", "/api/v0/models", "/api/v0/models/{model_id}"]
-WITHOUT_BODY += ["/health", "/version"]
-NEVER_ANSWERED = ["/v1/embeddings", "/v1/models/{model_id}", "/api/v0/models/{model_id}"]
+DOWNLOAD = "/api/v1/models/download"
+OF_A_DOWNLOAD = [f"{DOWNLOAD}/status/{{job_id}}", f"{DOWNLOAD}/cancel/{{job_id}}"]
+WITHOUT_BODY += ["/health", "/version", *OF_A_DOWNLOAD]
+NEVER_ANSWERED = ["/v1/embeddings", "/v1/models/{model_id}", "/api/v0/models/{model_id}", DOWNLOAD, *OF_A_DOWNLOAD]
 PATHS = [
     "/v1/chat/completions",
     "/v1/completions",
@@ -44,6 +47,8 @@ PATHS = [
     "/apply-template",
     "/health",
     "/version",
+    DOWNLOAD,
+    *OF_A_DOWNLOAD,
 ]
 
 
@@ -58,7 +63,7 @@ def test_what_is_routed_is_documented(server: RunningServer) -> None:
     models = StubModels(StubEntry(StubEngine(runner_info(), lambda request, choice: [])))
     log = LogStream()
     service = GenerationService(models, log, Settings())
-    routes = create_app(service, models, log, Settings()).routes
+    routes = create_app(service, models, log, Settings(), Downloads()).routes
     service.close()
     routed = {(r.path.replace(":path}", "}"), m) for r in routes if isinstance(r, Route) for m in r.methods or ()}
     documented = {(path, method.upper()) for path, item in document(server)["paths"].items() for method in item}

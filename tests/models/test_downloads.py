@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from lmserve.models.downloads import Downloads, Job
+from lmserve.models.downloads import Downloads
 from tests.hub_stand_in import HubStandIn, hub_stand_in
 
 PATIENCE = 60.0
@@ -52,4 +51,5 @@ def test_smoke(hub: HubStandIn, tmp_path: Path, tiny_folder: Path) -> None:
         job = await downloads.wait(downloads.start(REPO).job_id)
         assert job.status == "already_downloaded", job.error
         assert hub.bytes_served == total
+
     run(test, environment(hub, tmp_path))
