@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -134,6 +135,12 @@ def hub_stand_in() -> Iterator[HubStandIn]:
             hub.released.set()
             server.shutdown()
             thread.join()
+
+
+def environment(hub: HubStandIn, folder: Path, **more: str) -> dict[str, str]:
+    """That of a server whose hub this is, and whose cache in ``folder`` is empty."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    return {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder), "HF_HUB_CACHE": str(folder / "hub"), **more}
 
 
 class _Handler(BaseHTTPRequestHandler):
