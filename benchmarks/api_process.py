@@ -31,7 +31,6 @@ from benchmarks.api_stub import OneModel, run_worker, stub_info
 from lmserve.api.app import create_app
 from lmserve.config import Config, ModelConfig
 from lmserve.engine.async_engine import AsyncEngine
-from lmserve.models.downloads import Downloads
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
 
@@ -70,7 +69,7 @@ def run_api(folder: str, streams: int, loop: str, sock: socket.socket, listening
         service = GenerationService(models, log, Config())
         await service.load_texts(models.entries())
         reading = asyncio.create_task(engine.run())
-        await _http(create_app(service, models, log, Config(), Downloads())).serve([listening])
+        await _http(create_app(service, models, log, Config())).serve([listening])
         reading.cancel()
 
     (asyncio if loop == "asyncio" else uvloop).run(serve())

@@ -110,6 +110,8 @@ class InsufficientMemory(Unavailable):
 
 class ModelUnloaded(Unavailable):
     """The model was unloaded while the request ran or waited."""
+
+
 class HubUnreachable(Unavailable):
     """The hub that models are downloaded from cannot be reached, or is out of order."""
 

@@ -15,7 +15,6 @@ from starlette.routing import Route
 from lmserve.api.body import IGNORED_HEADER
 from lmserve.api.chat import CHAT
 from lmserve.api.completions import COMPLETION
-from lmserve.api.downloads import DownloadsEndpoint
 from lmserve.api.embeddings import EmbeddingsEndpoint
 from lmserve.api.errors import error_response
 from lmserve.api.generate import GenerationEndpoint
@@ -46,7 +45,6 @@ from lmserve.api.schema.tokens import (
 from lmserve.api.settings import ApiSettings
 from lmserve.api.tokens import TokensEndpoint
 from lmserve.errors import LMServeError
-from lmserve.models.downloads import Downloads
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
 from lmserve.service.protocols import Models

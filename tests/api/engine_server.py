@@ -16,10 +16,9 @@ from benchmarks.api_stub import OneModel
 from lmserve.api.app import create_app
 from lmserve.config import ModelConfig
 from lmserve.engine.async_engine import AsyncEngine
-from lmserve.models.downloads import Downloads
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
-from tests.api.running_server import OFFLINE, PATIENCE, wait_until
+from tests.api.running_server import PATIENCE, wait_until
 from tests.api.stub_engine import Settings
 from tests.engine.engine_thread import EngineThread
 from tests.engine.fake_runner import FakeRunner
@@ -103,7 +102,7 @@ def engine_server(
             config, log = settings or Settings(), LogStream()
             models = OneModel(ModelConfig(model="/models/fake", model_id="fake"), engine)
             service = GenerationService(models, log, config, load_text=lambda _: made.smollm2())
-            app = create_app(service, models, log, config, Downloads(environ=OFFLINE))
+            app = create_app(service, models, log, config)
             http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", http="httptools"))
             started.append((http, engine))
             reading = asyncio.create_task(engine.run())

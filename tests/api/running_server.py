@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import httpx
 import openai
 import uvicorn
+from starlette.applications import Starlette
 
 from lmserve.api.app import create_app
 from lmserve.api.downloads import DownloadsEndpoint
@@ -49,6 +50,7 @@ class RunningServer:
     url: str
     models: StubModels
     log: LogStream
+    app: Starlette
     completed: list[Job]
     """Downloads that left a model in the cache."""
 
@@ -131,7 +133,7 @@ def running_server(
         thread.start()
         try:
             wait_until(lambda: server.started)
-            yield RunningServer(f"http://127.0.0.1:{port}", models, log, completed)
+            yield RunningServer(f"http://127.0.0.1:{port}", models, log, app, completed)
         finally:
             server.should_exit = True
             thread.join(PATIENCE)

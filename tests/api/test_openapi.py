@@ -10,14 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import CHECKS, load_all_checks
 from starlette.routing import Route
 
-from lmserve.api.app import create_app
 from lmserve.api.openapi import body_schema
 from lmserve.api.schema.chat import ChatCompletionRequest
-from lmserve.models.downloads import Downloads
-from lmserve.service.generation import GenerationService
-from lmserve.service.log_stream import LogStream
 from tests.api.running_server import RunningServer, goes_on, running_server
-from tests.api.stub_engine import Settings, StubEngine, StubEntry, StubModels, runner_info
+from tests.api.stub_engine import Settings
 
 load_all_checks()
 KEPT = (
@@ -28,10 +24,12 @@ KEPT = (
     "unsupported_method",
 )
 WITHOUT_BODY = ["/v1/models", "/v1/models/{model_id}", "/api/v0/models", "/api/v0/models/{model_id}"]
+MANAGED = ["/api/v1/models", "/api/v1/models/load", "/api/v1/models/unload"]
 DOWNLOAD = "/api/v1/models/download"
 OF_A_DOWNLOAD = [f"{DOWNLOAD}/status/{{job_id}}", f"{DOWNLOAD}/cancel/{{job_id}}"]
-WITHOUT_BODY += ["/health", "/version", *OF_A_DOWNLOAD]
+WITHOUT_BODY += ["/health", "/version", "/api/v1/models", *OF_A_DOWNLOAD]
 NEVER_ANSWERED = ["/v1/embeddings", "/v1/models/{model_id}", "/api/v0/models/{model_id}", DOWNLOAD, *OF_A_DOWNLOAD]
+NEVER_ANSWERED += MANAGED[1:]
 PATHS = [
     "/v1/chat/completions",
     "/v1/completions",
@@ -49,6 +47,7 @@ PATHS = [
     "/version",
     DOWNLOAD,
     *OF_A_DOWNLOAD,
+    *MANAGED,
 ]
 
 
@@ -60,11 +59,7 @@ def document(server: RunningServer) -> dict[str, Any]:
 
 
 def test_what_is_routed_is_documented(server: RunningServer) -> None:
-    models = StubModels(StubEntry(StubEngine(runner_info(), lambda request, choice: [])))
-    log = LogStream()
-    service = GenerationService(models, log, Settings())
-    routes = create_app(service, models, log, Settings(), Downloads()).routes
-    service.close()
+    routes = server.app.routes
     routed = {(r.path.replace(":path}", "}"), m) for r in routes if isinstance(r, Route) for m in r.methods or ()}
     documented = {(path, method.upper()) for path, item in document(server)["paths"].items() for method in item}
     assert {(path, method) for path, method in routed if method != "HEAD"} == documented | {("/openapi.json", "GET")}
