@@ -17,6 +17,8 @@ LogEvent = dict[str, Any]
 """``timestamp`` (milliseconds), ``type``, and what the type says."""
 
 CAPACITY = 256
+CAPACITY_CHARACTERS = 1 << 25
+"""Of the texts in the events that a listener has not read: a few prompts can be as long as many."""
 
 
 class LogStream:
@@ -68,6 +70,7 @@ class Subscription:
         self._token_ids = token_ids
         self._capacity = capacity
         self._events: deque[LogEvent] = deque()
+        self._num_characters = 0
         self._num_lost = 0
         self._closed = False
         self._changed = asyncio.Event()
@@ -76,8 +79,9 @@ class Subscription:
         """Called by the stream."""
         if self._types and event["type"] not in self._types:
             return
-        if len(self._events) == self._capacity:
-            self._events.popleft()
+        self._num_characters += _num_characters(event)
+        while len(self._events) == self._capacity or (self._events and self._num_characters > CAPACITY_CHARACTERS):
+            self._num_characters -= _num_characters(self._events.popleft())
             self._num_lost += 1
         self._events.append(event if self._token_ids else _without_token_ids(event))
         self._changed.set()
@@ -107,7 +111,9 @@ class Subscription:
             return lost_events(lost)
         if not self._events:
             raise StopAsyncIteration
-        return self._events.popleft()
+        event = self._events.popleft()
+        self._num_characters -= _num_characters(event)
+        return event
 
 
 def lost_events(count: int) -> LogEvent:
@@ -152,6 +158,10 @@ class LogStreamHandler(logging.Handler):
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def _num_characters(event: LogEvent) -> int:
+    return sum(len(value) for value in event.values() if isinstance(value, str))
 
 
 def _without_token_ids(event: LogEvent) -> LogEvent:

@@ -175,16 +175,25 @@ class StubEntry:
 class StubModels:
     """One model that answers to its id, to the id's last part, and to no name."""
 
+    just_in_time = True
+
     def __init__(self, entry: StubEntry) -> None:
         self.entry = entry
+        self.pause = 0.0
+        self.error: LMServeError | None = None
+        """Why no model can be had, after the pause."""
+        self.used: list[tuple[str | None, float | None]] = []
+        """What was asked for by name, and the idle time that was asked for with it."""
 
     def entries(self) -> list[StubEntry]:
         return [self.entry]
 
-    just_in_time = True
-
     @contextlib.asynccontextmanager
     async def use(self, name: str | None, ttl_seconds: float | None = None) -> AsyncIterator[StubEntry]:
+        self.used.append((name, ttl_seconds))
+        await asyncio.sleep(self.pause)
+        if self.error is not None:
+            raise self.error
         yield self.resolve(name)
 
     async def refresh(self) -> None:

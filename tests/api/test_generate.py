@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from lmserve.api.generate import clamp_logprob
-from lmserve.errors import LMServeError, QueueFull, StepFailed, WorkerDied
+from lmserve.errors import InsufficientMemory, LMServeError, QueueFull, StepFailed, WorkerDied
 from tests.api.running_server import PATIENCE, RunningServer, goes_on, running_server, wait_until
 from tests.api.stub_engine import Settings
 
@@ -131,3 +131,64 @@ def test_a_late_error_is_told_within_the_stream(lively_server: RunningServer) ->
 
 def test_a_busy_stream_sends_no_comments(server: RunningServer) -> None:
     assert ": keep-alive" not in server.chat(stream=True).text
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({}, None),
+        ({"ttl": 30}, 30.0),
+        ({"keep_alive": "5m"}, 300.0),
+        ({"keep_alive": 0}, 0.0),
+        ({"keep_alive": -1}, float("inf")),
+        ({"ttl": 60, "keep_alive": "1m"}, 60.0),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_idle_time_that_is_asked_for(
+    server: RunningServer, fields: dict[str, object], seconds: float | None, stream: bool
+) -> None:
+    server.models.used.clear()
+    answer = server.post("/v1/chat/completions", {"model": "stub", **CHAT, **fields, "stream": stream})
+    assert answer.status_code == 200
+    assert "x-lmserve-ignored" not in answer.headers
+    assert server.models.used == [("stub", seconds)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"ttl": 0}, "ttl"),
+        ({"ttl": -5}, "ttl"),
+        ({"ttl": "long"}, "ttl"),
+        ({"keep_alive": "long"}, "keep_alive"),
+        ({"ttl": 1, "keep_alive": 2}, "keep_alive"),
+    ],
+)
+def test_an_idle_time_that_is_none(server: RunningServer, fields: dict[str, object], param: str) -> None:
+    answer = server.post("/v1/completions", {"prompt": "x", **fields, "stream": True})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_a_stream_to_a_model_that_loads_says_so_and_an_error_is_an_event_then(lively_server: RunningServer) -> None:
+    """Once the headers are out there is no other way."""
+    lively_server.models.error, lively_server.models.pause = StepFailed("no memory"), 0.4
+    lively_server.entry.state, lively_server.entry.stage = "loading", "loading weights"
+    try:
+        words = lively_server.post("/v1/completions", ASK).text
+        assert ": loading org/stub: loading weights 0%" in words
+        assert json.loads(words.rstrip().rpartition("data: ")[2])["error"]["message"] == "no memory"
+        assert lively_server.post("/v1/completions", {**ASK, "stream": False}).status_code == 500
+    finally:
+        lively_server.models.error, lively_server.models.pause = None, 0.0
+        lively_server.reset()
+
+
+def test_a_load_that_fails_soon_has_a_status(server: RunningServer) -> None:
+    server.models.error = InsufficientMemory("Model x needs 2 GiB, and 1 GiB are free.")
+    try:
+        answer = server.post("/v1/completions", ASK)
+    finally:
+        server.models.error = None
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "insufficient_memory")
+    assert answer.headers["x-should-retry"] == "false"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,17 @@ def test_token_ids_on_demand_and_one_type_only(server: RunningServer) -> None:
         event = next(events)
     assert event["type"] == "llm.prediction.output"
     assert event["tokenIds"][0][-1] == 2
+
+
+def test_requests_and_their_answers_are_told_of(server: RunningServer) -> None:
+    with listening(server, "?types=server.log") as events:
+        server.chat()
+        told = next(events)
+        server.post("/v1/chat/completions", {"model": "stub"})
+        refused = next(events)
+    assert (told["level"], refused["level"]) == ("info", "info")
+    assert re.fullmatch(r"POST /v1/chat/completions 200 in \d+\.\d{3} s \(req_\w+\)", told["content"])
+    assert refused["content"].startswith("POST /v1/chat/completions 400 in ")
 
 
 def test_a_listener_that_left_is_forgotten(server: RunningServer) -> None:

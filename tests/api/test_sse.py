@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -65,8 +65,8 @@ class Numbers:
             self.closed = True
 
 
-async def answer(numbers: Numbers, client: Client, keep_alive: float) -> None:
-    stream = EventStream(numbers.events(), keep_alive=keep_alive)
+async def answer(numbers: Numbers, client: Client, keep_alive: float, status: Callable[[], str] = lambda: "") -> None:
+    stream = EventStream(numbers.events(), keep_alive=keep_alive, status=status)
     await asyncio.wait_for(stream({"type": "http"}, client.receive, client.send), SECONDS)
 
 
@@ -128,5 +128,45 @@ def test_a_client_that_never_takes_anything_is_given_up(monkeypatch: pytest.Monk
         with pytest.raises(ClientDisconnect):
             await answer(numbers, client, keep_alive=0.01)
         assert (numbers.closed, numbers.num_made) == (True, 1)
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+
+
+def test_comments_say_what_keeps_the_first_event_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """News are told at once, but only once the headers are out: before, an error still has a status of its own."""
+    monkeypatch.setattr(sse, "STATUS_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        numbers, client, status = Numbers(2), Client(window=1000), ["loading 1%"]
+        answering = asyncio.create_task(answer(numbers, client, 0.3, lambda: status[0]))
+        await asyncio.sleep(0.05)
+        assert client.received == []
+        while b": loading 1%" not in client.body:
+            await asyncio.sleep(0.01)
+        status[0] = "loading 2%"
+        while b": loading 2%" not in client.body:
+            await asyncio.sleep(0.01)
+        numbers.start.set()
+        await answering
+        assert client.body.count(b": loading 2%") == 1, "the same is not said again and again"
+        assert client.body.endswith(b"1,2,")
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+
+
+def test_a_status_is_told_of_the_wait_only() -> None:
+    async def scenario() -> None:
+        numbers, client = Numbers(1), Client(window=1000)
+        numbers.start.set()
+        stream = EventStream(slow(numbers), keep_alive=0.02, status=lambda: "loading")
+        await asyncio.wait_for(stream({"type": "http"}, client.receive, client.send), SECONDS)
+        before, _, after = client.body.partition(b"1,")
+        assert b"loading" not in after
+        assert KEEP_ALIVE in after
+
+    async def slow(numbers: Numbers) -> AsyncGenerator[bytes, None]:
+        async for event in numbers.events():
+            yield event
+            await asyncio.sleep(0.2)
 
     asyncio.run(asyncio.wait_for(scenario(), SECONDS))

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from functools import partial
 
-from lmserve.service.log_stream import LogEvent, LogStream, Subscription
+import pytest
+
+from lmserve.service import log_stream
+from lmserve.service.log_stream import LogEvent, LogStream, LogStreamHandler, Subscription
 
 
 def happened(kind: str, **content: object) -> LogEvent:
@@ -53,6 +57,37 @@ def test_a_slow_listener_is_told_how_much_it_lost() -> None:
             lost, *rest = await take(subscription, 3)
             assert lost["lost"] == 3
             assert [event["type"] for event in rest] == ["d", "e"]
+
+    asyncio.run(scenario())
+
+
+def test_long_texts_that_nobody_reads_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_stream, "CAPACITY_CHARACTERS", 1000)
+
+    async def scenario() -> None:
+        log = LogStream()
+        with log.subscribe() as subscription:
+            for i in range(5):
+                log.publish(partial(happened, "a", input="x" * 400, i=i))
+            lost, *rest = await take(subscription, 3)
+            assert lost["lost"] == 3
+            assert [event["i"] for event in rest] == [3, 4]
+            log.publish(partial(happened, "a", input="x" * 5000, i=5))
+            assert [event["i"] for event in await take(subscription, 1)] == [5], "one is always kept"
+
+    asyncio.run(scenario())
+
+
+def test_what_the_server_logs_reaches_the_listeners_from_any_thread() -> None:
+    async def scenario() -> None:
+        log = LogStream()
+        logger = logging.Logger("lmserve.test")
+        logger.addHandler(LogStreamHandler(log))
+        logger.warning("nobody listens")
+        with log.subscribe(["server.log"]) as subscription:
+            await asyncio.to_thread(logger.warning, "model %s", "x")
+            [event] = await take(subscription, 1)
+            assert (event["type"], event["level"], event["content"]) == ("server.log", "warning", "model x")
 
     asyncio.run(scenario())
 
