@@ -1,11 +1,34 @@
 from __future__ import annotations
 
+import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lmserve.models.starter import ensure_starter
 from tests.tiny_folder import write_tiny_folder
+
+SESSION = "TEST_SESSION"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_outlives_the_tests() -> Iterator[None]:
+    """Every process that a test starts, and theirs, carry this session's mark: none may be left."""
+    mark = os.environ[SESSION] = uuid.uuid4().hex
+    yield
+    left = [process for process in psutil.process_iter() if process.pid != os.getpid() and _is_marked(process, mark)]
+    _, alive = psutil.wait_procs(left, timeout=15)
+    assert not alive, [process.cmdline() for process in alive]
+
+
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(SESSION) == mark and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:  # ended, or another user's
+        return False
 
 
 @pytest.fixture(scope="session")

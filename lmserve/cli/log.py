@@ -75,8 +75,7 @@ def stream(
         connect(url, api_key) as client,
         client.events("GET", "/log/stream", dict[str, Any], params=params) as events,
     ):
-        if not as_json:
-            say(f"Streaming logs from {client.address}")
+        say(f"Streaming logs from {client.address}")
         for event in events.data:
             if not stats:
                 event.pop("stats", None)

@@ -139,7 +139,7 @@ class Registry:
         if model.lower() in STARTERS:
             return self._starter_place(model.lower())
         if found := snapshots.get(model.lower()):
-            return _Place(found.name, found.path)
+            return _Place(found.hub_location, found.path)
         if _HUB_NAME.fullmatch(model) and not model.lower().endswith(".gguf"):
             return _Place(model, None)
         return None
@@ -158,8 +158,7 @@ class Registry:
         return _sorted(self._candidate(item.name, _Place(str(item.path), item.path), "models_dir") for item in found)
 
     def _in_hub_cache(self, found: Sequence[Found]) -> list[_Candidate]:
-        """Their location is the hub's name, with which the loader finds the cache."""
-        return _sorted(self._candidate(item.name, _Place(item.name, item.path), "hub_cache") for item in found)
+        return _sorted(self._candidate(item.name, _Place(item.hub_location, item.path), "hub_cache") for item in found)
 
     def _starters(self) -> list[_Candidate]:
         places = ((name, self._starter_place(name)) for name in STARTERS)

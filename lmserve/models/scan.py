@@ -31,6 +31,11 @@ class Found:
     name: str
     path: Path
 
+    @property
+    def hub_location(self) -> str:
+        """Of a find in the hub's cache: the hub's name, with which the loader finds the folder there, or the file."""
+        return str(self.path) if self.path.suffix.lower() == ".gguf" else self.name
+
 
 def hub_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Where huggingface_hub keeps what it has loaded, by the same variables."""
@@ -64,14 +69,20 @@ def _walk(folder: Path, parts: tuple[str, ...], visited: set[str]) -> Iterator[F
         return
     if "model_index.json" in files:
         return
-    for name in files:
-        stem, extension = os.path.splitext(name)
-        if extension.lower() == ".gguf" and "mmproj" not in name.lower() and not is_later_part(name):
-            yield Found("/".join((*parts, _FIRST_PART.sub("", stem))), folder / name)
+    for name in filter(_is_gguf_model, files):
+        yield Found("/".join((*parts, _gguf_stem(name))), folder / name)
     if len(parts) + 1 < MAX_DEPTH:
         for name in sorted(set(names).difference(files)):
             if os.path.isdir(folder / name):
                 yield from _walk(folder / name, (*parts, name), visited)
+
+
+def _is_gguf_model(name: str) -> bool:
+    return name.lower().endswith(".gguf") and "mmproj" not in name.lower() and not is_later_part(name)
+
+
+def _gguf_stem(name: str) -> str:
+    return _FIRST_PART.sub("", os.path.splitext(name)[0])
 
 
 def _visible_names(folder: Path) -> list[str]:
@@ -84,9 +95,11 @@ def _visible_names(folder: Path) -> list[str]:
 
 
 def scan_hub_cache(cache: Path) -> list[Found]:
-    """The repositories that have a configuration and weights in the revision that ``from_pretrained`` would load.
+    """The repositories that have a configuration and weights in the revision that ``from_pretrained`` would load, and
+    the GGUF files of those that have such.
 
-    Names are the repositories' (org/name); paths are their snapshots.
+    Names are the repositories' (org/name), and their files' behind them where there are several; paths are snapshots,
+    or files in them.
     """
     found = []
     for folder in _visible_names(cache):
@@ -94,8 +107,13 @@ def scan_hub_cache(cache: Path) -> list[Found]:
             files = [name for name in _visible_names(snapshot) if os.path.isfile(snapshot / name)]
             # The index comes before the files that it names.
             has_weights = holds_weights(files) and any(_WEIGHT_FILE.fullmatch(name) for name in files)
+            name = folder.removeprefix(_REPOSITORY_PREFIX).replace("--", "/")
             if "config.json" in files and has_weights:
-                found.append(Found(folder.removeprefix(_REPOSITORY_PREFIX).replace("--", "/"), snapshot))
+                found.append(Found(name, snapshot))
+                continue
+            models = [file for file in files if _is_gguf_model(file)]
+            names = [name] if len(models) == 1 else [f"{name}/{_gguf_stem(file)}" for file in models]
+            found += [Found(name, snapshot / file) for name, file in zip(names, models, strict=True)]
     return found
 
 

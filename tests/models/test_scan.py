@@ -90,6 +90,18 @@ def test_repositories_with_weights_are_found(tmp_path: Path) -> None:
     ]
 
 
+def test_gguf_files_of_repositories_are_found(tmp_path: Path) -> None:
+    one = repository(tmp_path, "Org/One-GGUF", "README.md", "one-Q4_K_M.gguf", "mmproj-one.gguf")
+    parts = ("big-00001-of-00002.gguf", "big-00002-of-00002.gguf")
+    many = repository(tmp_path, "Org/Many", "a-Q4.gguf", *parts)
+    repository(tmp_path, "Org/Both", "config.json", "model.safetensors", "a.gguf")
+    found = {model.name: model for model in scan_hub_cache(tmp_path)}
+    assert set(found) == {"Org/One-GGUF", "Org/Many/a-Q4", "Org/Many/big", "Org/Both"}
+    assert found["Org/One-GGUF"].path == one / "snapshots/c0/one-Q4_K_M.gguf"
+    assert found["Org/Many/big"].hub_location == str(many / "snapshots/c0" / parts[0])
+    assert found["Org/Both"].hub_location == "Org/Both"
+
+
 def test_weights_that_did_not_arrive_are_none(tmp_path: Path) -> None:
     folder = repository(tmp_path, "Org/Model", "config.json", "model.safetensors")
     (folder / "blobs" / "c0-model.safetensors").unlink()
