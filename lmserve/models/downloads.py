@@ -62,6 +62,8 @@ class Job:
     quantization: str | None
     waits: bool = False
     """For its turn."""
+    is_cancelled: bool = False
+    """It was told to end."""
     status: Status = "downloading"
     total_bytes: int = 0
     """0 until the hub has told."""
@@ -179,8 +181,10 @@ class Downloads:
 
         Returns when its process is gone. Raises as ``get``.
         """
+        job = self.get(job_id)
         task = self._tasks.get(job_id)
-        if task is not None:
+        if task is not None and not job.has_ended and not job.is_cancelled:
+            job.is_cancelled = True
             task.cancel()
         return await self.wait(job_id)
 
@@ -191,18 +195,14 @@ class Downloads:
     async def _run(self, job: Job) -> None:
         async with self._turns:
             job.waits = False
-            ours, theirs = socket.socketpair()
-            with theirs:
-                process = _start_process(job, theirs, self._environ)
+            process, sock = _start_process(job, self._environ)
             try:
-                await _follow(job, ours)
+                await _follow(job, sock)
             except BaseException:
                 process.kill()
                 raise
-            finally:  # its output is closed: it is ending, or was killed
-                await asyncio.shield(end_process(process, grace=EXIT_SECONDS))
-                if job.path is None and job.storage is not None:
-                    await asyncio.shield(asyncio.to_thread(remove_orphans, job.storage))
+            finally:
+                await _also_if_cancelled(asyncio.create_task(_clean_up(job, process)))
         if not job.has_ended:
             job.end("failed", error=f"The process of the download ended by itself (exit code {process.returncode}).")
 
@@ -215,6 +215,7 @@ class Downloads:
                 logger.error("The download of %s failed.", job.model, exc_info=task.exception())
                 job.end("failed", error="The download failed. The server's log has the details.")
         job.finished.set()
+        self._jobs[job.job_id] = self._jobs.pop(job.job_id)  # in the order of their ends
         ended = [job_id for job_id, job in self._jobs.items() if job.has_ended]
         for job_id in ended[:-MAX_REMEMBERED]:
             del self._jobs[job_id]
@@ -231,15 +232,23 @@ def _check_names(model: str, revision: str, quantization: str | None) -> None:
         raise InvalidRequest("quantization must be a word in a file's name, such as Q4_K_M.", "quantization")
 
 
-def _start_process(job: Job, stdout: socket.socket, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start_process(job: Job, environ: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The process, and the socket on which it says what it does."""
     words = [job.model, job.revision, *([job.quantization] if job.quantization is not None else [])]
-    return subprocess.Popen(
-        [sys.executable, "-m", "lmserve.models.hub_download", *words],
-        stdin=subprocess.DEVNULL,
-        stdout=stdout.fileno(),
-        env={**environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-        start_new_session=True,  # a Ctrl-C at the terminal is the API process's to handle
-    )
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lmserve.models.hub_download", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=theirs.fileno(),
+                env={**environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+                start_new_session=True,  # a Ctrl-C at the terminal is the API process's to handle
+            )
+        except BaseException:
+            ours.close()
+            raise
+    return process, ours
 
 
 async def _follow(job: Job, sock: socket.socket) -> None:
@@ -255,6 +264,22 @@ async def _follow(job: Job, sock: socket.socket) -> None:
             _apply(job, decode(line))
     finally:
         writer.close()
+
+
+async def _clean_up(job: Job, process: subprocess.Popen[bytes]) -> None:
+    """Waits for the end of the process, which is ending or killed, and deletes what it left unfinished."""
+    await end_process(process, grace=EXIT_SECONDS)
+    if job.path is None and job.storage is not None:
+        await asyncio.to_thread(remove_orphans, job.storage)
+
+
+async def _also_if_cancelled(work: asyncio.Task[None]) -> None:
+    """Waits until it is done; a cancellation that comes meanwhile goes on afterwards. There is never a second one."""
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise
 
 
 def _apply(job: Job, message: Message) -> None:

@@ -85,7 +85,7 @@ def download(model: str, revision: str, quantization: str | None, say: Say) -> D
         if info.gated:
             get_hf_file_metadata(hf_hub_url(model, missing[0].name, revision=commit))  # raises where it may not be had
         cached.mark_unchecked(missing)
-    say(Plan(total, present, str(storage)))
+        say(Plan(total, present, str(storage)))
     with _ProgressThread(cached, say):
         path = snapshot_download(
             model,

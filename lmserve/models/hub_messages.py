@@ -10,7 +10,7 @@ FailureKind = Literal["not_found", "invalid", "forbidden", "unreachable", "no_sp
 
 
 class Plan(msgspec.Struct, frozen=True, tag="plan"):
-    """It knows what there is to do, and begins. In bytes."""
+    """It knows what there is to download, and begins; not sent where there is nothing. In bytes."""
 
     total: int
     downloaded: int
