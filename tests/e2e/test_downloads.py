@@ -10,6 +10,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.api.running_server import wait_until
 from tests.e2e.serving import Server, start
 from tests.hub_stand_in import HubStandIn, hub_stand_in
 
@@ -47,11 +48,14 @@ def test_requests_are_answered_while_a_download_runs(server: Server, hub: HubSta
     assert process.is_running()
 
 
-def test_a_signal_ends_a_download_with_the_server(server: Server) -> None:
+def test_a_signal_ends_a_download_with_the_server(server: Server, tmp_path: Path) -> None:
+    """Tidily: a killed one would leave half a file."""
     process = begin_download(server)
+    wait_until(lambda: list((tmp_path / "hub").rglob("*.incomplete")))
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(20) == 0
     assert not process.is_running()
+    assert not list((tmp_path / "hub").rglob("*.incomplete"))
 
 
 def test_no_download_survives_a_killed_server(server: Server) -> None:
