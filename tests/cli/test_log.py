@@ -102,7 +102,7 @@ def test_one_json_object_a_line() -> None:
     without_stats = {name: value for name, value in OUTPUT.items() if name != "stats"}
     assert [json.loads(line) for line in bare.stdout.split("\n") if line] == [INPUT, without_stats]
     assert [json.loads(line) for line in full.stdout.split("\n") if line] == [INPUT, OUTPUT]
-    assert bare.stderr == ""
+    assert bare.stderr == f"Streaming logs from {url}\n"
 
 
 def test_one_direction_with_figures() -> None:
@@ -148,7 +148,7 @@ def test_an_interrupt_ends_it_quietly() -> None:
                 types = [json.loads(process.stdout.readline())["type"] for _ in range(2)]
                 assert types == [INPUT["type"], OUTPUT["type"]]
                 process.send_signal(signal.SIGINT)
-                assert process.communicate(timeout=30) == ("", "")
+                assert process.communicate(timeout=30) == ("", f"Streaming logs from {url}\n")
             finally:
                 process.kill()
     assert process.returncode == 130
@@ -213,7 +213,7 @@ def test_texts_do_not_drive_the_terminal() -> None:
 def test_a_stream_that_breaks_is_a_failure() -> None:
     with scripted_server(Script(log_events=[INPUT, json.loads(Refusal(0, "The log is lost.").body())])) as url:
         done = lmserve("log", "stream", "--json", "--url", url)
-    assert (done.returncode, done.stderr) == (1, "lmserve: The log is lost.\n")
+    assert (done.returncode, done.stderr) == (1, f"Streaming logs from {url}\nlmserve: The log is lost.\n")
     assert json.loads(done.stdout) == INPUT
 
 
