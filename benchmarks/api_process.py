@@ -1,24 +1,32 @@
 """What the API process costs for each streamed token, without the model.
 
     python -m benchmarks.api_process MODELFOLDER [--streams 64] [--tokens 400] [--logprobs] [--loop asyncio]
+    python -m benchmarks.api_process MODELFOLDER --listeners [--rounds 3]
 
 Three processes: a worker that has a token ready for every stream at every step (it speaks the real messages over a
 real socket), the real API process pinned to one core, and a client on the other cores that reads every stream. In the
 same run a bare application sends chunks of the same size to the same client from the same HTTP server: the ratio says
 how much of the HTTP server's own speed is left. Only the folder's tokenizer is used.
+
+``--listeners`` asks what the log stream costs the tokens instead: the same with nobody who listens, with listeners that
+read, and with listeners that never read, round by round, so that the machine's moods hit each alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
 import socket
+import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -136,10 +144,40 @@ async def read_streams(port: int, streams: int, max_tokens: int, fields: dict[st
     return sum(chunks for chunks, _ in results), sum(size for _, size in results)
 
 
+@contextlib.contextmanager
+def listening_to_the_log(port: int, count: int, *, reading: bool) -> Iterator[None]:
+    """So many listeners, each on a connection of its own; those that do not read leave it to fill up."""
+    connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+
+    def read(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while connection.recv(1 << 16):
+                pass
+
+    for connection in connections:
+        connection.sendall(b"GET /log/stream?token_ids=1 HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert connection.recv(1 << 10).startswith(b"HTTP/1.1 200")
+        if reading:
+            threading.Thread(target=read, args=(connection,), daemon=True).start()
+    try:
+        yield
+    finally:
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+
 def measure(
-    serve: Callable[..., None], arguments: tuple[Any, ...], streams: int, max_tokens: int, fields: dict[str, Any]
+    serve: Callable[..., None],
+    arguments: tuple[Any, ...],
+    streams: int,
+    max_tokens: int,
+    fields: dict[str, Any],
+    listeners: int = 0,
+    reading: bool = True,
 ) -> Figures:
-    """Starts a server, warms it up, and reads all streams to their ends."""
+    """Starts a server, warms it up, and reads all streams to their ends, while others listen to the log."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listening:
         port = listening.getsockname()[1]
         process = multiprocessing.Process(target=serve, args=(*arguments, listening), daemon=True)
@@ -149,7 +187,8 @@ def measure(
             uvloop.run(read_streams(port, streams, 8, fields))
             server = psutil.Process(process.pid)
             before, began = sum(server.cpu_times()[:2]), time.perf_counter()
-            chunks, size = uvloop.run(read_streams(port, streams, max_tokens, fields))
+            with listening_to_the_log(port, listeners, reading=reading):
+                chunks, size = uvloop.run(read_streams(port, streams, max_tokens, fields))
             seconds = time.perf_counter() - began
             assert chunks >= streams * max_tokens, f"{chunks} chunks came, {streams * max_tokens} were asked for"
             return Figures(streams * max_tokens, size, seconds, sum(server.cpu_times()[:2]) - before)
@@ -169,6 +208,42 @@ def _wait(url: str) -> None:
     raise TimeoutError(f"no answer from {url}")
 
 
+def measure_api(options: argparse.Namespace, run: tuple[Any, ...], **listeners: Any) -> Figures:
+    """The API process over a worker of its own."""
+    ours, theirs = socket.socketpair()
+    worker = multiprocessing.Process(target=run_worker, args=(theirs,), daemon=True)
+    worker.start()
+    try:
+        return measure(run_api, (options.folder, options.streams, options.loop, ours), *run, **listeners)
+    finally:
+        worker.terminate()
+        worker.join()
+        ours.close()
+        theirs.close()
+
+
+LISTENERS: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        "nobody listens": {},
+        "8 listeners that read": {"listeners": 8, "reading": True},
+        "8 listeners that never read": {"listeners": 8, "reading": False},
+    }
+)
+
+
+def compare_listeners(options: argparse.Namespace, run: tuple[Any, ...]) -> None:
+    """Medians of the rounds, each as a ratio to nobody's."""
+    speeds: dict[str, list[float]] = {name: [] for name in LISTENERS}
+    for _ in range(options.rounds):
+        for name, listeners in LISTENERS.items():
+            speeds[name].append(measure_api(options, run, **listeners).tokens_per_second)
+    print(f"{options.streams} streams of {options.tokens} tokens, medians of {options.rounds} rounds\n")
+    print("| log stream | tokens/s | ratio |\n|---|---|---|")
+    base = statistics.median(speeds["nobody listens"])
+    for name, found in speeds.items():
+        print(f"| {name} | {statistics.median(found):,.0f} | {statistics.median(found) / base:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a model folder; only its tokenizer is read")
@@ -176,15 +251,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400, help="tokens of each stream")
     parser.add_argument("--logprobs", action="store_true", help="with the five likeliest tokens at each position")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop", help="of the API process")
+    parser.add_argument("--listeners", action="store_true", help="compare with listeners of the log stream")
+    parser.add_argument("--rounds", type=int, default=3, help="of --listeners")
     options = parser.parse_args()
     fields = {"logprobs": True, "top_logprobs": 5} if options.logprobs else {}
     pin(set(range(1, os.cpu_count() or 2)))
-    ours, theirs = socket.socketpair()
-    worker = multiprocessing.Process(target=run_worker, args=(theirs,), daemon=True)
-    worker.start()
     run = (options.streams, options.tokens, fields)
-    api = measure(run_api, (options.folder, options.streams, options.loop, ours), *run)
-    worker.terminate()
+    if options.listeners:
+        compare_listeners(options, run)
+        return
+    api = measure_api(options, run)
     bare = measure(run_bare, (api.bytes // api.tokens,), *run)
     print(f"{options.streams} streams of {options.tokens} tokens, {api.bytes // api.tokens} bytes a token\n")
     print("| | tokens/s | processor time, us/token | of the bare server's speed |")

@@ -79,11 +79,18 @@ def tree_bytes(server: Server) -> int:
 
 def test_a_day(server: Server) -> None:
     """Nothing is loaded in the morning; in the evening nothing is left."""
+    text = morning(server)
+    noon(server)
+    afternoon(server)
+    evening(server, text)
+
+
+def morning(server: Server) -> str:
+    """Two models are asked for, and come. Returns what they say."""
     assert server.workers() == []
     code, known = run(server, "ls")
     assert code == 0
     assert {"shelf/one", "shelf/two", "big"} <= {model["key"] for model in known}
-
     first = ask(server, "one")
     assert first.model == "shelf/one"
     assert ask(server, "shelf/two").choices[0].text == first.choices[0].text
@@ -91,25 +98,29 @@ def test_a_day(server: Server) -> None:
     assert all(instance["just_in_time"] for instance in loaded(server).values())
     with pytest.raises(openai.BadRequestError, match="embeddings"):
         server.client().embeddings.create(model="shelf/one", input="a")
+    return first.choices[0].text
 
+
+def noon(server: Server) -> None:
+    """Nobody asks for a while: the memory is free again."""
     ask(server, "one", ttl=0.3)
     ask(server, "two", ttl=0.3)
     until(lambda: not server.workers())
     assert loaded(server) == {}
-    evening = tree_bytes(server)
+    before = tree_bytes(server)
     ask(server, "one", ttl=0.3)
-    assert "are free again" in server.stderr.read_text()
     until(lambda: not server.workers())
-    assert tree_bytes(server) < evening + SLACK_BYTES, "its memory is back"
+    assert "are free again" in server.stderr.read_text()
+    assert tree_bytes(server) < before + SLACK_BYTES
 
+
+def afternoon(server: Server) -> None:
+    """A person loads a model under a name of its own, and unloads it while it answers."""
     code, _ = run(server, "load", "big", "--identifier", "desk", "--context-length", "1500", "--yes")
     assert code == 0
     instance = loaded(server)["desk"]
-    assert (instance["config"]["context_length"], instance["ttl_seconds"], instance["just_in_time"]) == (
-        1500,
-        None,
-        False,
-    )
+    assert instance["config"]["context_length"] == 1500
+    assert (instance["ttl_seconds"], instance["just_in_time"]) == (None, False)
     chunks = stream(server, "desk", 1400)
     code, answer = run(server, "unload", "desk")
     assert code == 0
@@ -120,6 +131,9 @@ def test_a_day(server: Server) -> None:
     chunks.close()
     assert server.workers() == []
 
+
+def evening(server: Server, text: str) -> None:
+    """A worker is killed and comes back; then the server is told to stop, and finishes what it has begun."""
     chunks = stream(server, "one", 1900)
     (worker,) = server.workers()
     worker.kill()
@@ -128,7 +142,7 @@ def test_a_day(server: Server) -> None:
             pass
     chunks.close()
     server.wait_ready()
-    assert ask(server, "one").choices[0].text == first.choices[0].text
+    assert ask(server, "one").choices[0].text == text
 
     chunks = stream(server, "one", 1000)
     server.process.send_signal(signal.SIGTERM)
