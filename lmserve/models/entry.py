@@ -10,7 +10,7 @@ from typing import Literal
 
 from lmserve.config import ModelConfig, ModelSetup
 from lmserve.engine.async_engine import AsyncEngine
-from lmserve.errors import NotReady
+from lmserve.errors import InvalidRequest, ModelLoadFailed, NotReady
 from lmserve.models.facts import ModelFacts
 from lmserve.models.registry import KnownModel
 from lmserve.models.worker_process import Worker
@@ -137,6 +137,17 @@ class ModelEntry:
         if self.plan.device.startswith("cpu"):
             return max(0, self.plan.total_bytes - self.resident_bytes)
         return 0 if self.state == "loaded" else self.plan.total_bytes
+
+    def check_servable(self) -> None:
+        """
+        Raises:
+            ModelLoadFailed: its files are known to be of no use.
+            InvalidRequest: it is a model, and none that generates.
+        """
+        if self.known.problem is not None and self.facts is None:
+            raise ModelLoadFailed(f"Model {self.model_id} cannot be loaded: {self.known.problem}")
+        if self.facts is not None and self.facts.type == "embeddings":
+            raise InvalidRequest(f"Model {self.model_id} makes embeddings: it cannot generate text.", "model")
 
     @property
     def engine(self) -> AsyncEngine:

@@ -113,6 +113,10 @@ class Life:
             self._reason = error
             self.entry.failure = str(error)
             state = "failed" if self.entry.origin is Origin.START else "not-loaded"
+        except Exception as error:
+            logger.exception("Model %s: its life ended unforeseen", self.entry.model_id)
+            self._reason = ModelLoadFailed(f"Model {self.entry.model_id} cannot be kept loaded: {error}")
+            self.entry.failure = str(self._reason)
         finally:
             self.entry.plan = None
             await self._set_state(state)

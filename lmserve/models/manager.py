@@ -148,7 +148,7 @@ class ModelManager:
                     "model",
                 )
         else:
-            _check_servable(entry)
+            entry.check_servable()
             entry.config = options.configure(entry.config)
             self._begin(entry, force=options.force)
         entry.origin, entry.ttl_seconds = Origin.PERSON, options.ttl_seconds
@@ -170,7 +170,7 @@ class ModelManager:
     async def estimate(self, name: str, options: LoadOptions) -> Estimate:
         """What the model would take if it were loaded now. Raises as ``load``."""
         known = await self._find(name)
-        _check_servable(known)
+        known.check_servable()
         entry = self._new_entry(known.known)
         entry.config = await placed(options.configure(entry.config), self._starter_cache)
         worker = await Worker.start(lambda pid, line: self._observer.said(entry, pid, line))
@@ -256,7 +256,7 @@ class ModelManager:
 
     async def _ensure_loaded(self, entry: ModelEntry, ttl_seconds: float | None) -> None:
         await self._wait_if_ending(entry)
-        _check_servable(entry)
+        entry.check_servable()
         if entry.state == "not-loaded":
             if not self.just_in_time:
                 raise ModelNotFound(
@@ -313,7 +313,7 @@ class ModelManager:
             self._observer,
             starter_cache=self._starter_cache,
             force=force,
-            changed=self._tell_changed,
+            changed=lambda: self._state_changed(entry),
         )
         self._lives[entry] = life
         self._spawn(self._forget(life))
@@ -363,6 +363,12 @@ class ModelManager:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def _state_changed(self, entry: ModelEntry) -> None:
+        """A model that is loaded when nobody waits for it any more has its time too."""
+        if entry.is_idle:
+            self._arm(entry)
+        await self._tell_changed()
+
     async def _tell_changed(self) -> None:
         async with self._changed:
             self._changed.notify_all()
@@ -387,11 +393,3 @@ class ModelManager:
         setup = self._config.setup(model_id or model.model_id, model.location)
         configured = {config.model_id.lower(): config for config in self._config.models}
         return ModelEntry(model, configured.get(setup.config.model_id.lower(), setup.config), setup.sampling)
-
-
-def _check_servable(entry: ModelEntry) -> None:
-    """Raises for what is known to be no model that generates."""
-    if entry.known.problem is not None and entry.known.facts is None:
-        raise ModelLoadFailed(f"Model {entry.model_id} cannot be loaded: {entry.known.problem}")
-    if entry.known.facts is not None and entry.known.facts.type == "embeddings":
-        raise InvalidRequest(f"Model {entry.model_id} makes embeddings: it cannot generate text.", "model")

@@ -32,6 +32,8 @@ from lmserve.errors import LMServeError, ModelLoadFailed, WorkerDied
 from lmserve.runtime.interface import MemoryPlan
 
 TERMINATE_SECONDS = 5.0
+LAST_WORDS_SECONDS = 1.0
+"""For what an ended worker has written still; a process that it started may keep the pipe open."""
 LINE_BYTES = 1 << 16
 """What a worker may write to its standard error without a line's end before it counts as a line."""
 WORKER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
@@ -85,7 +87,12 @@ class Worker:
                 start_new_session=True,  # a Ctrl-C at the terminal is the API process's to handle
             )
         ours.setblocking(False)
-        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            reader, writer = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            process.kill()
+            raise
         worker = cls(process, reader, writer, asyncio.create_task(_forward_lines(process, say)))
         try:
             hello = await worker._receive()
@@ -139,7 +146,8 @@ class Worker:
         else:
             self._writer.close()
         await end_process(self.process, grace)
-        await self._lines
+        await asyncio.wait({self._lines}, timeout=LAST_WORDS_SECONDS)
+        self._lines.cancel()
 
     def _send(self, message: ToWorker) -> None:
         self._writer.write(encode(message))

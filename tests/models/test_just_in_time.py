@@ -100,6 +100,34 @@ def test_no_time_passes_while_a_request_runs(tiny_folder: Path) -> None:
     play(manager, scenario)
 
 
+def test_a_model_that_nobody_waits_for_any_more_has_its_time_too(tiny_folder: Path) -> None:
+    manager = lazy(tiny_folder)
+
+    async def scenario() -> None:
+        request = asyncio.create_task(ask(manager, "tiny", ttl=0.3))
+        entry = manager.resolve("tiny")
+        await until(lambda: entry.worker is not None)
+        request.cancel()
+        await until(lambda: entry.state == "loaded")
+        await until(lambda: entry.state == "not-loaded")
+
+    play(manager, scenario)
+
+
+def test_a_model_whose_worker_died_idle_comes_back_and_goes_in_time(tiny_folder: Path) -> None:
+    manager = lazy(tiny_folder)
+
+    async def scenario() -> None:
+        await ask(manager, "tiny", ttl=1.0)
+        entry = manager.resolve("tiny")
+        assert entry.worker is not None
+        entry.worker.process.kill()
+        await until(lambda: entry.restarts == 1 and entry.state == "loaded")
+        await until(lambda: entry.state == "not-loaded")
+
+    play(manager, scenario)
+
+
 def test_a_request_may_keep_a_model_for_ever(tiny_folder: Path) -> None:
     manager = lazy(tiny_folder, ttl_seconds=0.05)
 
