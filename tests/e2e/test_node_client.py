@@ -41,7 +41,7 @@ def test_a_stream(seen: Any) -> None:
 def test_a_completion_and_models(seen: Any) -> None:
     assert seen["completion"]["object"] == "text_completion"
     assert seen["completion"]["usage"]["completion_tokens"] == 4
-    assert seen["models"] == ["smollm2-135m-instruct"]
+    assert "smollm2-135m-instruct" in seen["models"]
     assert seen["model"] == "model"
 
 

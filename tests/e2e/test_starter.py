@@ -166,10 +166,12 @@ def test_completions_apply_no_template(starter_server: Server) -> None:
 
 def test_models(starter_server: Server) -> None:
     client = starter_server.client()
-    (model,) = client.models.list().data
+    (model,) = (model for model in client.models.list().data if model.to_dict()["state"] == "loaded")
     assert model.id == STARTER
     assert client.models.retrieve(STARTER) == model
-    assert model.to_dict()["max_context_length"] == 2048
+    lengths = model.to_dict()
+    assert (lengths["max_context_length"], lengths["loaded_context_length"]) == (8192, 2048)
+    assert lengths["capabilities"] == ["completion", "chat"]
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("nothing")
     assert caught.value.code == "model_not_found"
