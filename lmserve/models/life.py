@@ -14,7 +14,7 @@ from lmserve.config import ModelConfig
 from lmserve.errors import ConfigError, InsufficientMemory, LMServeError, ModelLoadFailed, WorkerDied
 from lmserve.models.admission import Admission
 from lmserve.models.entry import ModelEntry, Origin, State
-from lmserve.models.starter import ensure_starter, is_starter
+from lmserve.models.starter import ensure_starter, is_starter, made_folder
 from lmserve.models.worker_process import Worker
 
 logger = logging.getLogger(__name__)
@@ -172,9 +172,10 @@ class Life:
 
     async def _place(self) -> None:
         """A starter model is made where it is not there yet."""
-        if is_starter(self.entry.config.model):
+        model = self.entry.config.model
+        if is_starter(model) and made_folder(model.lower(), self._starter_cache) is None:
             self._say_stage("making the starter model", 0.0)
-            self.entry.config = await placed(self.entry.config, self._starter_cache)
+        self.entry.config = await placed(self.entry.config, self._starter_cache)
 
     def _say_stage(self, stage: str, progress: float) -> None:
         self.entry.stage, self.entry.progress = stage, progress

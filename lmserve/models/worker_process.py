@@ -92,6 +92,8 @@ class Worker:
         except BaseException:
             ours.close()
             process.kill()
+            process.wait()
+            _close(process)
             raise
         worker = cls(process, reader, writer, asyncio.create_task(_forward_lines(process, say)))
         try:
@@ -148,6 +150,8 @@ class Worker:
         await end_process(self.process, grace)
         await asyncio.wait({self._lines}, timeout=LAST_WORDS_SECONDS)
         self._lines.cancel()
+        await asyncio.gather(self._lines, return_exceptions=True)
+        _close(self.process)
 
     def _send(self, message: ToWorker) -> None:
         self._writer.write(encode(message))
@@ -172,6 +176,16 @@ async def end_process(process: subprocess.Popen[bytes], grace: float) -> None:
     await asyncio.to_thread(process.wait)
 
 
+def _close(process: subprocess.Popen[bytes]) -> None:
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+def _say_line(pid: int, line: bytes, say: Say) -> None:
+    if text := line.decode("utf-8", "replace").rstrip():
+        say(pid, text)
+
+
 async def _forward_lines(process: subprocess.Popen[bytes], say: Say) -> None:
     """Until the process and all who inherited its standard error have ended."""
     assert process.stderr is not None
@@ -189,7 +203,7 @@ async def _forward_lines(process: subprocess.Popen[bytes], say: Say) -> None:
             if len(rest) > LINE_BYTES:
                 lines, rest = [*lines, rest], b""
             for line in lines:
-                if text := line.decode("utf-8", "replace").rstrip():
-                    say(process.pid, text)
+                _say_line(process.pid, line, say)
+        _say_line(process.pid, rest, say)
     finally:
         transport.close()
