@@ -12,8 +12,9 @@ import pytest
 
 from lmserve.engine import async_engine, messages
 from lmserve.engine.async_engine import AsyncEngine
+from lmserve.engine.connection import ConnectionClosed
 from lmserve.engine.messages import HEADER, AddRequest, EngineStats, MessageTooLong, StepOutputs, encode
-from lmserve.errors import InvalidRequest, QueueFull, WorkerDied
+from lmserve.errors import InvalidRequest, ModelUnloaded, QueueFull, WorkerDied
 from lmserve.outputs import FinishReason, RequestOutput
 from lmserve.runtime.interface import FatalRunnerError, RunnerInfo, StepOutput
 from lmserve.sampling_params import SamplingParams
@@ -249,12 +250,25 @@ def test_shutting_down_ends_the_worker_and_what_still_runs() -> None:
     async def play(engine: AsyncEngine) -> None:
         task = asyncio.create_task(collect(engine, message()))
         await asyncio.to_thread(runner.wait_launched)
-        engine.shut_down()
+        engine.shut_down(ModelUnloaded("It was unloaded."))
         runner.allow()
-        with pytest.raises(WorkerDied):
+        with pytest.raises(ModelUnloaded, match="It was unloaded"):
             await task
+        with pytest.raises(ModelUnloaded):
+            await collect(engine, message("late"))
 
-    assert act(play, runner).join() is None
+    end = act(play, runner).join()
+    assert end is None or isinstance(end, ConnectionClosed), "either way the worker ends"
+
+
+def test_shutting_down_without_a_reason_is_a_workers_end() -> None:
+    async def play(engine: AsyncEngine) -> None:
+        engine.shut_down()
+        engine.shut_down()
+        with pytest.raises(WorkerDied):
+            await collect(engine, message())
+
+    act(play, FakeRunner(make_info()))
 
 
 @contextlib.asynccontextmanager
