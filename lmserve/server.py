@@ -75,14 +75,14 @@ async def _serve(config: Config, sock: socket.socket) -> int:
         print(f"lmserve: {error}", file=sys.stderr)
         return EXIT_START_FAILED
     finally:
-        log.close()  # an open listener would keep the server waiting
-        http_server.stop()
         for task in (loaded, stop):
             task.cancel()
+        await models.stop()  # before the HTTP server: requests that still run or wait get an answer that says so
+        await downloads.close()
+        log.close()  # an open listener would keep the server waiting
+        http_server.stop()
         await asyncio.gather(http, loaded, stop, return_exceptions=True)
         service.close()
-        await downloads.close()
-        await models.stop()
         logging.getLogger("lmserve").removeHandler(handler)
 
 
@@ -169,10 +169,9 @@ class _HttpServer(uvicorn.Server):
         self._stop.set()
 
     def force(self) -> None:
-        """Running requests are dropped."""
+        """Running requests are not waited for any more."""
         self.force_exit = True
         self.forced.set()
-        self.stop()
 
 
 def _stop_on_signals(http_server: _HttpServer) -> asyncio.Event:

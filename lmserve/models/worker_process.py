@@ -145,8 +145,9 @@ class Worker:
         """Ends the process: by message, then by force. ``reason``: what requests that still run are told."""
         if self._engine is not None:
             self._engine.shut_down(reason)
-        else:
+        else:  # it may be reading weights, and hears nothing
             self._writer.close()
+            grace = 0.0
         await end_process(self.process, grace)
         await asyncio.wait({self._lines}, timeout=LAST_WORDS_SECONDS)
         self._lines.cancel()

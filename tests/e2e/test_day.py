@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,6 +185,23 @@ def test_who_goes_away_ends_the_load_only_if_it_was_a_persons(server: Server) ->
             httpx.post(f"{server.url}{path}", json=body, timeout=httpx.Timeout(5.0, read=0.5))
     until(lambda: "shelf/two" in loaded(server) and loaded(server)["shelf/two"]["state"] == "loaded")
     assert set(loaded(server)) == {"shelf/two"}
+
+
+def test_a_signal_while_a_model_loads_is_told_to_who_waits(server: Server, tmp_path: Path) -> None:
+    """And the second one ends at once, with no trace of a stack."""
+    answers: list[httpx.Response] = []
+    body = {"model": "one", "prompt": "a", "max_tokens": 2}
+    asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/v1/completions", json=body)))
+    asking.start()
+    until(server.workers)
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    asking.join()
+    (answer,) = answers
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert "Traceback" not in server.stderr.read_text()
 
 
 def test_a_broken_model_is_a_clear_error_and_no_trouble_for_others(server: Server, tmp_path: Path) -> None:
