@@ -57,6 +57,10 @@ async def _serve(config: Config, sock: socket.socket) -> int:
     more = [*ManageEndpoint(models, config).operations(), *DownloadsEndpoint(downloads, config).operations()]
     app = create_app(service, models, log, config, more)
     http_server = _HttpServer(_uvicorn_config(config, app))
+    try:
+        http_server.config.load()
+    except OSError as error:  # SSLError is one
+        raise ConfigError(f"ssl_certfile: {config.ssl_certfile} and its key cannot be used: {error}") from error
     stopping = _stop_on_signals(http_server)
     logging.getLogger("lmserve").addHandler(handler := LogStreamHandler(log))
     models.start()
@@ -69,7 +73,7 @@ async def _serve(config: Config, sock: socket.socket) -> int:
             loaded.result()
             _announce(config, sock, models)
             await stop
-            await _drain(models, config.drain_seconds, http_server)
+        await _drain(models, config.drain_seconds, http_server)
         return EXIT_OK
     except ModelLoadFailed as error:
         print(f"lmserve: {error}", file=sys.stderr)
@@ -118,7 +122,8 @@ class _Teller(Observer):
     def staged(self, entry: ModelEntry) -> None:
         if self._stages.get(entry) != entry.stage:
             self._stages[entry] = entry.stage
-            print(f"{entry.model_id}: {entry.stage}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                print(f"{entry.model_id}: {entry.stage}", file=sys.stderr, flush=True)
             self._publish(entry, 0 if entry.worker is None else entry.worker.process.pid, entry.stage)
 
     def said(self, entry: ModelEntry, pid: int, line: str) -> None:
@@ -131,7 +136,7 @@ class _Teller(Observer):
 
     def downloaded(self, models: ModelManager) -> None:
         """A model has come: it is known from now on."""
-        self._spawn(models.refresh(now=True))
+        self._spawn(models.refresh(0.0))
 
     def _publish(self, entry: ModelEntry, pid: int, line: str) -> None:
         self._log.publish(lambda: runtime_event(entry.model_id, entry.config.device, pid, "info", line))

@@ -61,7 +61,7 @@ ERRORS: dict[type[Exception], ErrorKind] = {
     QueueFull: ErrorKind(429, "rate_limit_error", "queue_full"),
     FirstTokenTimeout: ErrorKind(503, "service_unavailable", "first_token_timeout"),
     InsufficientMemory: ErrorKind(503, "service_unavailable", "insufficient_memory", repeats=True),
-    ModelUnloaded: ErrorKind(503, "service_unavailable", "model_unloaded"),
+    ModelUnloaded: ErrorKind(503, "service_unavailable", "model_unloaded", repeats=True),
     HubUnreachable: ErrorKind(503, "service_unavailable", "hub_unreachable"),
     NotReady: ErrorKind(503, "service_unavailable", "not_ready"),
     Unavailable: ErrorKind(503, "service_unavailable"),

@@ -10,16 +10,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from lmserve.errors import InsufficientMemory
+from lmserve.errors import InsufficientMemory, ModelLoadFailed
 from lmserve.models.entry import ModelEntry
 from lmserve.models.worker_process import Worker
 from lmserve.runtime.interface import MemoryPlan
 
 RETRY_SECONDS = 10.0
+PLAN_SECONDS = 120.0
+MAX_STARTING = 4
+"""Workers at once that nobody has found room for yet."""
 
 
 class Admission:
-    """Owns the order in which models get memory: one is decided on at a time."""
+    """Owns the order in which models get memory: one is decided on at a time.
+
+    ``starting`` is held by whoever has a worker that has not been admitted: such a process takes memory too.
+    """
 
     def __init__(
         self, entries: Callable[[], Sequence[ModelEntry]], unload: Callable[[ModelEntry], Awaitable[None]]
@@ -27,6 +33,7 @@ class Admission:
         self._entries = entries
         self._unload = unload
         self._turn = asyncio.Lock()
+        self.starting = asyncio.Semaphore(MAX_STARTING)
 
     async def admit(self, entry: ModelEntry, worker: Worker, *, force: bool = False) -> int:
         """Makes room if need be; sets the entry's plan. Returns the bytes that have to be left for others.
@@ -38,15 +45,27 @@ class Admission:
             ModelLoadFailed: it could not be loaded into any memory.
         """
         async with self._turn:
-            plan = await worker.plan(entry.config, reserved := 0 if force else self.reserved_bytes(entry))
+            plan = await self.plan(entry, worker, reserved := 0 if force else self.reserved_bytes(entry))
             while not plan.fits and not force:
                 leaving = self.leaving(entry, plan)
                 if not leaving:
                     raise InsufficientMemory(self.explain(entry, plan), RETRY_SECONDS)
                 await self._unload(leaving[0])
-                plan = await worker.plan(entry.config, reserved := self.reserved_bytes(entry))
+                plan = await self.plan(entry, worker, reserved := self.reserved_bytes(entry))
             entry.plan = plan
             return reserved
+
+    @staticmethod
+    async def plan(entry: ModelEntry, worker: Worker, reserved_bytes: int) -> MemoryPlan:
+        """The worker's plan. It may ask the hub for a configuration: not for ever, for others wait."""
+        planning = asyncio.ensure_future(worker.plan(entry.config, reserved_bytes))
+        try:
+            await asyncio.wait({planning}, timeout=PLAN_SECONDS)
+            if not planning.done():
+                raise ModelLoadFailed(f"Model {entry.model_id} was not planned within {PLAN_SECONDS:g} seconds.")
+            return planning.result()
+        finally:
+            planning.cancel()
 
     def reserved_bytes(self, newcomer: ModelEntry) -> int:
         """What the others may still take."""

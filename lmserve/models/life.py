@@ -94,11 +94,15 @@ class Life:
     async def end(self, reason: LMServeError) -> int:
         """Returns the bytes that its process had, when the process is gone. ``reason``: what its requests are told."""
         resident = self.entry.resident_bytes
+        self.begin_end(reason)
+        await self.ended()
+        return resident - self.entry.resident_bytes
+
+    def begin_end(self, reason: LMServeError) -> None:
+        """From now on it takes no more requests. The first reason counts."""
         if not self.is_ending:
             self._is_ending, self._reason = True, reason
             self._task.cancel()
-        await self.ended()
-        return resident - self.entry.resident_bytes
 
     async def ended(self) -> None:
         """Returns when nothing is left of it."""
@@ -155,20 +159,30 @@ class Life:
         entry = self.entry
         await self._place()
         self._observer.placed(entry)
-        worker = entry.worker = await Worker.start(lambda pid, line: self._observer.said(entry, pid, line))
+        async with self._admission.starting:
+            worker = entry.worker = await Worker.start(lambda pid, line: self._observer.said(entry, pid, line))
+            try:
+                reserved = await self._admission.admit(entry, worker, force=self._force)
+            except BaseException:
+                await self._end_worker(worker)
+                raise
         try:
-            reserved = await self._admission.admit(entry, worker, force=self._force)
             await worker.load(entry.config, reserved, self._say_stage)
             entry.failure, entry.idle_since = None, time.monotonic()
             await self._set_state("loaded")
             self._settle(None)
             await worker.engine.run()
         finally:
-            with contextlib.suppress(Exception):
-                await worker.stop(self._reason)
-            entry.worker = None
+            await self._end_worker(worker)
         code = worker.process.returncode
         raise WorkerDied(f"The worker of model {entry.model_id} ended by itself (exit code {code}).")
+
+    async def _end_worker(self, worker: Worker) -> None:
+        try:
+            with contextlib.suppress(Exception):
+                await worker.stop(self._reason)
+        finally:
+            self.entry.worker = None
 
     async def _place(self) -> None:
         """A starter model is made where it is not there yet."""

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import logging
 import math
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
@@ -17,20 +16,14 @@ from typing import Any
 from lmserve.config import Config
 from lmserve.errors import InvalidRequest, ModelLoadFailed, ModelNotFound, ModelUnloaded, NotReady
 from lmserve.models.admission import Admission, size
+from lmserve.models.entries import REFRESH_SECONDS, Entries
 from lmserve.models.entry import RETRY_SECONDS, LoadOptions, ModelEntry, Origin
 from lmserve.models.life import Life, Observer, placed
-from lmserve.models.names import find_entry
-from lmserve.models.registry import KnownModel, Registry
-from lmserve.models.scan import hub_cache_folder
 from lmserve.models.starter import cache_folder
 from lmserve.models.worker_process import Worker
 from lmserve.runtime.interface import MemoryPlan
 
 logger = logging.getLogger(__name__)
-
-REFRESH_SECONDS = 2.0
-"""How long what was found on the disk is good for those who list it."""
-_IDENTIFIER = re.compile(r"[\w.:@/-]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +50,18 @@ class ModelManager:
         self._config = config
         self._observer = observer or Observer()
         self._starter_cache = cache
-        self._registry = Registry(
-            [(model.model_id, model.model) for model in config.models],
-            config.aliases,
-            models_dir=Path(config.models_dir) if config.models_dir else None,
-            hub_cache=hub_cache_folder(),
-            starter_cache=cache,
-        )
-        self._entries: dict[str, ModelEntry] = {}
+        self._known = Entries(config, cache)
         self._lives: dict[ModelEntry, Life] = {}
         self._timers: dict[ModelEntry, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._admission = Admission(self.entries, self._evict)
         self._draining = False
+        self._stopping = False
         self._changed = asyncio.Condition()
-        self._refreshed_at = -math.inf
-        self._refreshing = asyncio.Lock()
-        self._registry.refresh()
-        self._take_known()
 
     def entries(self) -> list[ModelEntry]:
         """Every model that the server knows, in whatever state."""
-        return list(self._entries.values())
+        return self._known.all()
 
     @property
     def just_in_time(self) -> bool:
@@ -90,19 +73,12 @@ class ModelManager:
 
         Raises:
             ModelNotFound: with the names there are.
-            NotReady: the server is draining.
         """
-        if self._draining:
-            raise NotReady("The server is shutting down.", retry_after=5.0)
-        return find_entry(self.entries(), name, strict=self._config.strict_model_names)
+        return self._known.resolve(name)
 
-    async def refresh(self, *, now: bool = False) -> None:
-        """Look again which models there are on the disk, unless that was done a moment ago."""
-        async with self._refreshing:
-            if now or time.monotonic() - self._refreshed_at > REFRESH_SECONDS:
-                await asyncio.to_thread(self._registry.refresh)
-                self._refreshed_at = time.monotonic()
-                self._take_known()
+    async def refresh(self, max_age: float = REFRESH_SECONDS) -> None:
+        """Look again which models there are on the disk, unless that was done less than ``max_age`` seconds ago."""
+        await self._known.refresh(max_age)
 
     @contextlib.asynccontextmanager
     async def use(self, name: str | None, ttl_seconds: float | None = None) -> AsyncIterator[ModelEntry]:
@@ -139,45 +115,55 @@ class ModelManager:
             InvalidRequest: it is loaded in another way already, or the identifier cannot be one.
             ModelNotFound, NotReady, InsufficientMemory, ModelLoadFailed, ModelUnloaded: as ``use``.
         """
-        entry = self._instance(await self._find(name), options)
-        await self._wait_if_ending(entry)
-        if entry in self._lives:
-            if options.configure(entry.config) != entry.config:
-                raise InvalidRequest(
-                    f"Model {entry.model_id} is loaded with other settings: unload it, or give another identifier.",
-                    "model",
-                )
-        else:
-            entry.check_servable()
-            entry.config = options.configure(entry.config)
-            self._begin(entry, force=options.force)
-        entry.origin, entry.ttl_seconds = Origin.PERSON, options.ttl_seconds
+        named = await self._find(name)
+        named.check_servable()
+        entry = self._known.instance(named, options.identifier)
         entry.num_users += 1
-        self._disarm(entry)
-        begun(entry)
         try:
-            await self._wait_ready(entry)
-        except asyncio.CancelledError:
-            if entry.num_users == 1 and entry.state == "loading":
-                self._spawn(self._lives[entry].end(ModelUnloaded(f"The load of {entry.model_id} was cancelled.")))
-            raise
+            await self._load(entry, options, begun)
         finally:
             entry.num_users -= 1
             entry.idle_since = time.monotonic()
             self._arm(entry)
         return entry
 
+    async def _load(self, entry: ModelEntry, options: LoadOptions, begun: Callable[[ModelEntry], None]) -> None:
+        await self._wait_if_ending(entry)
+        began = entry not in self._lives
+        if not began:
+            if options.configure(entry.config) != entry.config:
+                raise InvalidRequest(
+                    f"Model {entry.model_id} is loaded with other settings: unload it, or give another identifier.",
+                    "model",
+                )
+        else:
+            entry.config = options.configure(entry.config)
+            self._begin(entry, Origin.PERSON, force=options.force)
+        if entry.is_just_in_time:
+            entry.origin = Origin.PERSON
+        entry.ttl_seconds = options.ttl_seconds
+        self._disarm(entry)
+        begun(entry)
+        try:
+            await self._wait_ready(entry)
+        except asyncio.CancelledError:
+            if began and entry.num_users == 1 and entry.state == "loading":
+                self._lives[entry].begin_end(ModelUnloaded(f"The load of {entry.model_id} was cancelled."))
+            raise
+        _ = entry.engine  # raises if its worker has died meanwhile
+
     async def estimate(self, name: str, options: LoadOptions) -> Estimate:
         """What the model would take if it were loaded now. Raises as ``load``."""
         known = await self._find(name)
         known.check_servable()
-        entry = self._new_entry(known.known)
+        entry = self._known.new(known.known)
         entry.config = await placed(options.configure(entry.config), self._starter_cache)
-        worker = await Worker.start(lambda pid, line: self._observer.said(entry, pid, line))
-        try:
-            plan = await worker.plan(entry.config, self._admission.reserved_bytes(entry))
-        finally:
-            await worker.stop()
+        async with self._admission.starting:
+            worker = await Worker.start(lambda pid, line: self._observer.said(entry, pid, line))
+            try:
+                plan = await self._admission.plan(entry, worker, self._admission.reserved_bytes(entry))
+            finally:
+                await worker.stop()
         leaving = [] if plan.fits else [e.model_id for e in self._admission.leaving(entry, plan)]
         return Estimate(entry.model_id, plan, leaving, plan.fits or bool(leaving), self._admission.explain(entry, plan))
 
@@ -199,7 +185,7 @@ class ModelManager:
         """Why the server is not healthy, or None."""
         if self._draining:
             return "draining"
-        for entry in self._entries.values():
+        for entry in self.entries():
             begins = entry.state == "loading" and (entry.origin is Origin.START or entry.restarts)
             if begins or entry.state == "failed":
                 return f"model {entry.model_id} is {entry.state}: {entry.failure or entry.stage}"
@@ -207,10 +193,8 @@ class ModelManager:
 
     def start(self) -> None:
         """Begins to load the models that are loaded at the start; returns at once."""
-        for config in self._config.models:
-            entry = self._entries[config.model_id.lower()]
-            entry.origin = Origin.START
-            self._begin(entry)
+        for entry in self._known.configured():
+            self._begin(entry, Origin.START)
 
     async def wait_loaded(self) -> None:
         """Returns when every model is loaded that is at the start.
@@ -218,7 +202,7 @@ class ModelManager:
         Raises:
             ModelLoadFailed: one of them cannot be.
         """
-        entries = [self._entries[config.model_id.lower()] for config in self._config.models]
+        entries = self._known.configured()
         async with self._changed:
             while True:
                 for entry in entries:
@@ -235,11 +219,11 @@ class ModelManager:
     async def wait_idle(self) -> None:
         """Returns when no request needs any model."""
         async with self._changed:
-            await self._changed.wait_for(lambda: not any(entry.num_users for entry in self._entries.values()))
+            await self._changed.wait_for(lambda: not any(entry.num_users for entry in self.entries()))
 
     async def stop(self) -> None:
         """Ends every worker. Nothing is left behind, also when a model is still loading."""
-        self._draining = True
+        self._draining = self._stopping = True
         for timer in self._timers.values():
             timer.cancel()
         reason = NotReady("The server is shutting down.", retry_after=5.0)
@@ -247,27 +231,24 @@ class ModelManager:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _find(self, name: str | None) -> ModelEntry:
-        """As ``resolve``; looks on the disk before it gives up."""
-        try:
-            return self.resolve(name)
-        except ModelNotFound:
-            await self.refresh()
-            return self.resolve(name)
+        """The model for a request that comes in now. Raises NotReady while the server drains."""
+        if self._draining:
+            raise NotReady("The server is shutting down.", retry_after=5.0)
+        return await self._known.find(name)
 
     async def _ensure_loaded(self, entry: ModelEntry, ttl_seconds: float | None) -> None:
         await self._wait_if_ending(entry)
         entry.check_servable()
-        if entry.state == "not-loaded":
+        if entry.state in ("not-loaded", "failed"):
             if not self.just_in_time:
                 raise ModelNotFound(
                     f"Model {entry.model_id} is not loaded, and just-in-time loading is off. Load it with: "
                     f"lmserve load {entry.model_id}",
                     "model",
                 )
-            if self._draining:
-                raise NotReady("The server is shutting down.", retry_after=5.0)
-            self._begin(entry)
-            entry.origin, entry.ttl_seconds = Origin.REQUEST, self._config.ttl_seconds or None
+            # One that was loaded at the start and failed later stays one of those.
+            self._begin(entry, Origin.START if entry.state == "failed" else Origin.REQUEST)
+            entry.ttl_seconds = (self._config.ttl_seconds or None) if entry.is_just_in_time else None
         if ttl_seconds is not None and entry.is_just_in_time:
             entry.ttl_seconds = None if math.isinf(ttl_seconds) else ttl_seconds
         if entry.state == "loading" and not entry.restarts:
@@ -290,23 +271,10 @@ class ModelManager:
             await life.ended()
             await asyncio.sleep(0)  # whoever was told first takes it off the list
 
-    def _instance(self, entry: ModelEntry, options: LoadOptions) -> ModelEntry:
-        """The entry itself, or another one of the same model for another identifier."""
-        identifier = options.identifier
-        if identifier is None or identifier.lower() == entry.model_id.lower():
-            return entry
-        if not _IDENTIFIER.fullmatch(identifier):
-            raise InvalidRequest(
-                "identifier must have 1 to 200 letters, digits or characters of . _ - : @ /", "identifier"
-            )
-        other = self._entries.get(identifier.lower())
-        if other is not None and other.known.location != entry.known.location:
-            raise InvalidRequest(f"identifier: another model is called {other.model_id}.", "identifier")
-        if other is None:
-            other = self._entries[identifier.lower()] = self._new_entry(entry.known, identifier)
-        return other
-
-    def _begin(self, entry: ModelEntry, *, force: bool = False) -> None:
+    def _begin(self, entry: ModelEntry, origin: Origin, *, force: bool = False) -> None:
+        if self._stopping:
+            raise NotReady("The server is shutting down.", retry_after=5.0)
+        entry.origin, entry.ttl_seconds = origin, None
         life = Life(
             entry,
             self._admission,
@@ -326,9 +294,7 @@ class ModelManager:
         if self._lives.get(entry) is life:
             del self._lives[entry]
         if entry.state == "not-loaded":
-            entry.config = self._new_entry(entry.known, entry.model_id).config
-            if self._registry.find(entry.model_id) is None and not entry.num_users:
-                self._entries.pop(entry.model_id.lower(), None)
+            self._known.put_back(entry)
 
     async def _evict(self, entry: ModelEntry) -> None:
         await self._end(self._lives[entry], "was unloaded to make room for another model")
@@ -355,7 +321,10 @@ class ModelManager:
     def _expire(self, entry: ModelEntry) -> None:
         life = self._lives.get(entry)
         if entry.is_idle and life is not None and not life.is_ending:
-            self._spawn(self._end(life, f"was idle for {entry.ttl_seconds:g} seconds and is unloaded"))
+            why = f"was idle for {entry.ttl_seconds:g} seconds and is unloaded"
+            self._spawn(self._end(life, why))
+            # At once: a request that comes in the same moment waits for the end, and has the model loaded again.
+            life.begin_end(ModelUnloaded(f"Model {entry.model_id} {why}.", RETRY_SECONDS))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
@@ -372,24 +341,3 @@ class ModelManager:
     async def _tell_changed(self) -> None:
         async with self._changed:
             self._changed.notify_all()
-
-    def _take_known(self) -> None:
-        """Entries for what is known now; those that nobody uses and that are known no more go."""
-        known = {model.model_id.lower(): model for model in self._registry.models()}
-        for name, model in known.items():
-            entry = self._entries.get(name)
-            if entry is None:
-                self._entries[name] = self._new_entry(model)
-            elif entry.known.location == model.location:
-                entry.known = model
-            elif not entry.is_live and not entry.num_users:
-                self._entries[name] = self._new_entry(model)
-        for name, entry in list(self._entries.items()):
-            if name not in known and not entry.is_live and not entry.num_users:
-                del self._entries[name]
-
-    def _new_entry(self, model: KnownModel, model_id: str | None = None) -> ModelEntry:
-        """``model_id``: the name of a further instance."""
-        setup = self._config.setup(model_id or model.model_id, model.location)
-        configured = {config.model_id.lower(): config for config in self._config.models}
-        return ModelEntry(model, configured.get(setup.config.model_id.lower(), setup.config), setup.sampling)

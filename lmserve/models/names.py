@@ -33,6 +33,11 @@ def find_entry(entries: Sequence[ModelEntry], name: str | None, *, strict: bool)
     raise ModelNotFound(_explain(entries, live, name), "model")
 
 
+def is_called(entry: ModelEntry, name: str) -> bool:
+    """Whether the name is one of its own."""
+    return _is_its_name(entry, name.lower()) or _is_like_its_name(entry, name.lower())
+
+
 def _is_its_name(entry: ModelEntry, wanted: str) -> bool:
     return entry.model_id.lower() == wanted
 

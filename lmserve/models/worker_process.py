@@ -170,10 +170,12 @@ class Worker:
 
 async def end_process(process: subprocess.Popen[bytes], grace: float) -> None:
     """Waits ``grace`` seconds for the process to end by itself, then kills it."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        await asyncio.to_thread(process.wait, grace)
-        return
-    process.kill()
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(process.wait, grace)
+    finally:
+        if process.poll() is None:  # also when whoever waits here is cancelled
+            process.kill()
     await asyncio.to_thread(process.wait)
 
 

@@ -20,7 +20,7 @@ from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
 from lmserve.runtime.memory_plan import activation_bytes, num_batched_tokens
 from lmserve.runtime.model_runner import PackedModelRunner
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
-from lmserve.runtime.prepack import prepack
+from lmserve.runtime.prepack import leave_the_files, prepack
 from lmserve.runtime.rope import pin_rope
 from lmserve.runtime.sampler import Sampler
 from lmserve.runtime.sampling_state import SamplingState
@@ -73,6 +73,8 @@ def assemble_runner(
         sum(p.numel() * p.element_size() for p in model.parameters()),
     )
     prepack(model, model.device, dtype)
+    if model.device.type == "cpu":
+        leave_the_files(model)
     lane = PackedLane(model)
     try:
         shapes = lane.probe()

@@ -73,6 +73,8 @@ def size_cache(
     """
     if not budget:
         budget = int(free * (CPU_SHARE if device_type == "cpu" else GPU_SHARE))
+        if asked_len:  # a person's word: more than the share, if there is more
+            budget = max(budget, min(free, -(-asked_len // block_size) * block_bytes))
     elif budget > free:
         raise ModelLoadFailed(f"kv_cache_memory is {budget:,} bytes, and {free:,} are free on the device")
     wanted_len = asked_len or native_len or 4096

@@ -57,12 +57,14 @@ def prepack(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
     linears = linears_to_prepack(model, device, dtype)
     for parent, name, linear in linears:
         setattr(parent, name, PrepackedLinear(linear))
-    if linears:
-        _leave_the_files(model)
     return len(linears)
 
 
-def _leave_the_files(model: nn.Module) -> None:
-    """The other weights are copied: each of them would keep a whole checkpoint file mapped, the replaced ones' too."""
+def leave_the_files(model: nn.Module) -> None:
+    """Copies the weights that are still a mapped checkpoint file.
+
+    Each of them keeps the whole file mapped, replaced weights and all; and memory that the system may take back at any
+    time cannot be counted on, neither by the model nor by whoever asks how much is free.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()

@@ -60,6 +60,8 @@ class GenerationService:
         self._settings = settings
         self._load_text = load_text
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self._loaders = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="tokenizer")
+        """Their own: a tokenizer that takes its time holds up no request for another model."""
         self._texts: dict[str, asyncio.Task[tuple[ModelText, ChatTemplate]]] = {}
 
     async def load_texts(self, entries: Iterable[ModelEntry]) -> None:
@@ -189,7 +191,8 @@ class GenerationService:
 
     def close(self) -> None:
         """End the threads. Work that has begun is not waited for."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._loaders):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def _first(self, deltas: AsyncGenerator[Delta, None]) -> Delta:
         """Every request has one that is not the usage: each choice ends."""
@@ -216,7 +219,7 @@ class GenerationService:
 
     async def _load(self, entry: ModelEntry) -> tuple[ModelText, ChatTemplate]:
         try:
-            text = await self._in_thread(lambda: self._load_text(entry))
+            text = await asyncio.get_running_loop().run_in_executor(self._loaders, self._load_text, entry)
         except Exception as error:
             self.forget(entry)
             raise ModelLoadFailed(f"The tokenizer of {entry.model_id} cannot be loaded: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,79 @@ def test_a_model_whose_worker_died_idle_comes_back_and_goes_in_time(tiny_folder:
         await until(lambda: entry.state == "not-loaded")
 
     play(manager, scenario)
+
+
+def test_a_request_in_the_moment_of_the_end_is_not_the_ends_victim(tiny_folder: Path) -> None:
+    """The timer fires, and in the same turn of the loop somebody asks: the model is loaded again for them."""
+    manager = lazy(tiny_folder)
+
+    async def scenario() -> None:
+        first = await ask(manager, "tiny", ttl=1000.0)
+        entry = manager.resolve("tiny")
+        entry.ttl_seconds = 0.0
+        manager._expire(entry)
+        assert await ask(manager, "tiny") == first
+
+    play(manager, scenario)
+
+
+def test_a_drain_refuses_no_request_that_it_had_accepted(tiny_folder: Path) -> None:
+    manager = lazy(tiny_folder)
+
+    async def scenario() -> None:
+        request = asyncio.create_task(ask(manager, "tiny"))
+        await until(lambda: manager.resolve("tiny").worker is not None)
+        manager.drain()
+        with pytest.raises(NotReady, match="shutting down"):
+            await ask(manager, "tiny")
+        assert len(await request) == 4
+        await asyncio.wait_for(manager.wait_idle(), 10)
+
+    play(manager, scenario)
+
+
+def test_a_further_instance_that_is_loaded_while_it_is_unloaded_stays_known(tiny_folder: Path) -> None:
+    manager = lazy(tiny_folder)
+
+    async def scenario() -> None:
+        options = LoadOptions(identifier="again")
+        life = manager._lives[await manager.load("tiny", options)]
+        unloading = asyncio.create_task(manager.unload("again"))
+        while not life.is_ending:
+            await asyncio.sleep(0)
+        entry = await manager.load("tiny", options)
+        await unloading
+        assert manager.resolve("again") is entry
+        assert len(await ask(manager, "again")) == 4
+
+    play(manager, scenario)
+
+
+def test_who_only_waits_for_a_load_does_not_end_it(tiny_folder: Path) -> None:
+    manager = ModelManager(Config(models=(config(tiny_folder),)))
+
+    async def scenario() -> None:
+        manager.start()
+        loading = asyncio.create_task(manager.load("tiny", LoadOptions()))
+        await until(lambda: manager.resolve("tiny").worker is not None)
+        loading.cancel()
+        await manager.wait_loaded()
+        assert manager.resolve("tiny").state == "loaded"
+
+    play(manager, scenario)
+
+
+def test_the_code_of_what_merely_lies_there_is_not_trusted(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "found").symlink_to(tiny_folder)
+
+    def trusting(model_id: str, model: str) -> ModelSetup:
+        return ModelSetup(replace(config(model, model_id), trust_remote_code=True))
+
+    aliases = (("named", str(tiny_folder)),)
+    manager = ModelManager(Config(models_dir=str(tmp_path / "models"), aliases=aliases, setup=trusting))
+    assert manager.resolve("named").config.trust_remote_code
+    assert not manager.resolve("found").config.trust_remote_code
 
 
 def test_a_request_may_keep_a_model_for_ever(tiny_folder: Path) -> None:
@@ -315,10 +389,10 @@ def test_a_new_folder_is_found_when_it_is_asked_for(tiny_folder: Path, tmp_path:
             await ask(manager, "new/one")
         (folder / "new").mkdir()
         (folder / "new" / "One").symlink_to(tiny_folder)
-        await manager.refresh(now=True)
+        await manager.refresh(0.0)
         assert len(await ask(manager, "new/one")) == 4
         (folder / "new" / "One").unlink()
-        await manager.refresh(now=True)
+        await manager.refresh(0.0)
         assert manager.resolve("one").state == "loaded", "what is loaded stays known"
         await manager.unload("new/one")
         with pytest.raises(ModelNotFound):

@@ -76,7 +76,9 @@ def test_closing_a_stream_frees_its_blocks(tiny_folder: Path) -> None:
         assert engine.stats.num_free_blocks == free
         manager.drain()
         with pytest.raises(NotReady, match="shutting down"):
-            manager.resolve("tiny")
+            async with manager.use("tiny"):
+                pass
+        assert manager.resolve("tiny") is entry, "a request that came before the drain finds what it uses"
         await manager.wait_idle()
         await manager.stop()
 

@@ -11,9 +11,9 @@ from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.build import assemble_runner
 from lmserve.runtime.interface import MemoryPlan
+from lmserve.runtime.memory import size_cache
 from lmserve.runtime.memory_plan import LEAST_CONTEXT, plan_memory, weight_bytes
 from lmserve.runtime.packed_lane import PackedLane
-from lmserve.runtime.prepack import prepack
 from tests.runtime.tiny_models import FAMILIES, build_tiny, in_dtype
 from tests.tiny_folder import write_tiny_folder
 
@@ -64,14 +64,6 @@ def test_a_prepacked_weight_that_others_use_is_there_twice(tied: bool) -> None:
     assert weight_bytes(model, CPU, torch.bfloat16) == 2 * (plain + head if twice else plain)
 
 
-def test_prepacking_lets_go_of_the_files(folder: Path) -> None:
-    """A weight that stays in a mapped file keeps all of it mapped, and the packed copies come on top."""
-    model = in_dtype(build_tiny("llama"), torch.bfloat16)
-    kept = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    if prepack(model, CPU, torch.bfloat16):
-        assert all(parameter.data_ptr() != kept[name] for name, parameter in model.named_parameters())
-
-
 def test_what_is_kept_for_others_is_not_free(folder: Path) -> None:
     plan = plan_memory(config(folder, kv_cache_memory=MIB))
     less = plan_memory(config(folder, kv_cache_memory=MIB), reserved_bytes=2**30)
@@ -88,6 +80,26 @@ def test_an_explicit_context_or_cache_that_cannot_be_had_does_not_fit(folder: Pa
     cache = plan_memory(config(folder, kv_cache_memory=2**60))
     assert not cache.fits
     assert cache.kv_cache_bytes == pytest.approx(2**60, rel=0.001)
+
+
+def test_an_explicit_context_may_have_more_than_the_share(folder: Path) -> None:
+    """And the load takes what the plan says: a plan that fits is no promise that the load breaks."""
+    bytes_per_token = plan_memory(config(folder, max_model_len=1024, max_num_seqs=1)).kv_cache_bytes // 1024
+    free = plan_memory(config(folder)).free_bytes
+    length = int(free * 0.5 / bytes_per_token)
+    plan = plan_memory(config(folder, max_model_len=length))
+    assert (plan.fits, plan.max_model_len) == (True, length)
+    sized = size_cache(
+        block_bytes=bytes_per_token * 16,
+        block_size=16,
+        budget=0,
+        asked_len=length,
+        native_len=None,
+        max_num_seqs=4,
+        free=free,
+        device_type="cpu",
+    )
+    assert sized.max_model_len == length
 
 
 def test_a_context_that_nobody_asked_for_is_cut_but_not_to_nothing(folder: Path) -> None:

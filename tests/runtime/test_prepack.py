@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lmserve.runtime.prepack import PrepackedLinear, prepack
+from lmserve.runtime.prepack import PrepackedLinear, leave_the_files, prepack
 from tests.runtime.tiny_models import build_tiny, in_dtype
 
 CPU = torch.device("cpu")
@@ -51,3 +51,15 @@ def test_other_formats_are_left_alone() -> None:
     model = build_tiny("llama")
     assert prepack(model, CPU, torch.float32) == 0
     assert not any(isinstance(module, PrepackedLinear) for module in model.modules())
+
+
+def test_leaving_the_files_copies_every_weight_once() -> None:
+    """Tied ones stay one."""
+    model = build_tiny("llama", tie_word_embeddings=True)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    values = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    leave_the_files(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() != before[name]
+        assert torch.equal(parameter, values[name])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
