@@ -83,6 +83,7 @@ class Life:
         self._changed = changed
         self._reason: LMServeError | None = None
         self._is_ending = False
+        self._was_loaded = False
         entry.state, entry.stage, entry.progress, entry.failure, entry.restarts = "loading", "starting", 0.0, None, 0
         self._task = asyncio.create_task(self._live(), name=f"life of {entry.model_id}")
 
@@ -140,7 +141,9 @@ class Life:
             try:
                 await self._load_and_run()
             except WorkerDied as error:
-                loading_deaths = 0 if entry.state == "loaded" else loading_deaths + 1
+                if not self._was_loaded:
+                    self._mark_dead()
+                loading_deaths = 0 if self._was_loaded else loading_deaths + 1
                 is_first = not self.ready.done() and entry.origin is not Origin.START
                 if loading_deaths == MAX_LOADING_DEATHS or (loading_deaths and is_first):
                     raise
@@ -148,15 +151,14 @@ class Life:
             if time.monotonic() - began > STABLE_SECONDS:
                 backoff = FIRST_BACKOFF_SECONDS
             logger.error("%s It is started again in %.1f s.", entry.failure, backoff)
-            entry.restarts += 1
-            entry.stage, entry.progress, entry.plan = "starting", 0.0, None
-            await self._set_state("loading")
+            await self._changed()
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, LONGEST_BACKOFF_SECONDS)
 
     async def _load_and_run(self) -> None:
         """One worker's life. Always ends in an exception; the process is gone by then."""
         entry = self.entry
+        self._was_loaded = False
         await self._place()
         self._observer.placed(entry)
         async with self._admission.starting:
@@ -169,13 +171,23 @@ class Life:
         try:
             await worker.load(entry.config, reserved, self._say_stage)
             entry.failure, entry.idle_since = None, time.monotonic()
+            self._was_loaded = True
             await self._set_state("loaded")
             self._settle(None)
             await worker.engine.run()
+            # In the same turn as its requests are told: whoever asks next sees that it is not loaded.
+            self._mark_dead()
         finally:
             await self._end_worker(worker)
         code = worker.process.returncode
         raise WorkerDied(f"The worker of model {entry.model_id} ended by itself (exit code {code}).")
+
+    def _mark_dead(self) -> None:
+        """Its worker has ended by itself; another one will be started."""
+        entry = self.entry
+        entry.state, entry.restarts = "loading", entry.restarts + 1
+        entry.stage, entry.progress, entry.plan = "starting", 0.0, None
+        entry.failure = f"The worker of model {entry.model_id} ended by itself."
 
     async def _end_worker(self, worker: Worker) -> None:
         try:

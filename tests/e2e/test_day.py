@@ -142,6 +142,7 @@ def evening(server: Server, text: str) -> None:
         for _ in chunks:
             pass
     chunks.close()
+    assert httpx.get(f"{server.url}/health").status_code == 503
     server.wait_ready()
     assert ask(server, "one").choices[0].text == text
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmserve.config import Config, ModelConfig
+import psutil
+
+from lmserve.config import Config, ModelConfig, ModelSetup
 from lmserve.engine.messages import AddRequest
 from lmserve.models.entry import ModelEntry
 from lmserve.models.life import Observer
@@ -67,3 +69,33 @@ def play(manager: ModelManager, scenario: Callable[[], Coroutine[Any, Any, None]
             await manager.stop()
 
     asyncio.run(main())
+
+
+def setup_tiny(model_id: str, model: str, **keys: int) -> ModelSetup:
+    made = config(model, model_id)
+    return ModelSetup(ModelConfig(**{**made.to_options(), **keys}))  # type: ignore[arg-type]  # a table of mixed values
+
+
+def lazy(folder: Path, observer: Observer | None = None, names: Sequence[str] = ("tiny",), **keys: Any) -> ModelManager:
+    """Knows the tiny model by these names and has nothing loaded."""
+    aliases = tuple((name, str(folder)) for name in names)
+    keys.setdefault("setup", setup_tiny)
+    return ModelManager(Config(aliases=aliases, **keys), observer)
+
+
+async def ask(manager: ModelManager, name: str, request_id: str = "r", ttl: float | None = None) -> list[int]:
+    async with manager.use(name, ttl) as entry:
+        return await complete(entry, request_id)
+
+
+def my_workers(others: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """The child processes that were not there before; servers of other tests may be."""
+    return [process for process in psutil.Process().children() if process not in others]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async def wait() -> None:
+        while not condition():
+            await asyncio.sleep(0.02)
+
+    await asyncio.wait_for(wait(), 60)
