@@ -78,6 +78,7 @@ def tree_bytes(server: Server) -> int:
     return sum(process.memory_info().rss for process in processes)
 
 
+@pytest.mark.slow
 def test_a_day(server: Server) -> None:
     """Nothing is loaded in the morning; in the evening nothing is left."""
     text = morning(server)

@@ -153,6 +153,7 @@ def check_results(
                 assert scored == all_scored
 
 
+@pytest.mark.slow
 @settings(max_examples=2_000, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(1, 8), st.booleans(), st.integers(0, 3))
 def test_small_lives(rng: random.Random, num_requests: int, prefix_caching: bool, num_faults: int) -> None:

@@ -25,6 +25,7 @@ class Crowded:
         return setup_tiny(model_id, model, kv_cache_memory=self.share, max_num_seqs=4096, max_model_len=10**6)
 
 
+@pytest.mark.slow
 def test_the_least_recently_used_idle_model_makes_room(tiny_folder: Path, recorder: Recorder) -> None:
     manager = lazy(tiny_folder, recorder, ("a", "b", "c"), setup=Crowded())
 
@@ -42,6 +43,7 @@ def test_the_least_recently_used_idle_model_makes_room(tiny_folder: Path, record
     play(manager, scenario)
 
 
+@pytest.mark.slow
 def test_nothing_makes_room_that_is_in_use_or_a_persons_and_the_refusal_has_the_numbers(tiny_folder: Path) -> None:
     manager = lazy(tiny_folder, None, ("a", "b", "c"), setup=Crowded())
 

@@ -21,6 +21,7 @@ from lmserve.models.life import Observer
 from tests.models.managing import Recorder, ask, complete, lazy, my_workers, play, until
 
 
+@pytest.mark.slow
 def test_requests_share_one_load_and_the_idle_model_goes_and_comes_back(tiny_folder: Path, recorder: Recorder) -> None:
     manager = lazy(tiny_folder, recorder)
     others = psutil.Process().children()
@@ -74,6 +75,7 @@ def test_a_model_that_nobody_waits_for_any_more_has_its_time_too(tiny_folder: Pa
     play(manager, scenario)
 
 
+@pytest.mark.slow
 def test_a_model_whose_worker_died_idle_comes_back_and_goes_in_time(tiny_folder: Path) -> None:
     manager = lazy(tiny_folder)
 

@@ -20,6 +20,7 @@ from lmserve.models.manager import ModelManager
 from tests.models.managing import Recorder, ask, complete, config, lazy, my_workers, play, setup_tiny, until
 
 
+@pytest.mark.slow
 def test_a_further_instance_that_is_loaded_while_it_is_unloaded_stays_known(tiny_folder: Path) -> None:
     manager = lazy(tiny_folder)
 
@@ -64,6 +65,7 @@ def test_the_code_of_what_merely_lies_there_is_not_trusted(tiny_folder: Path, tm
     assert not manager.resolve("found").config.trust_remote_code
 
 
+@pytest.mark.slow
 def test_what_a_person_loaded_stays_and_is_unloaded_by_a_person(tiny_folder: Path, recorder: Recorder) -> None:
     manager = lazy(tiny_folder, recorder, ttl_seconds=0.05)
 

@@ -124,6 +124,7 @@ def test_the_loaded_model_stops_at_the_limit(tiny_folder: Path) -> None:
     asyncio.run(play())
 
 
+@pytest.mark.slow
 def test_a_worker_that_keeps_dying_while_it_loads_is_given_up(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
