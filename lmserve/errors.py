@@ -7,6 +7,7 @@ LMServeError
 │   ├── UnsupportedField     a field that lmserve knows of and does not honour (yet)
 │   ├── ContextLengthExceeded
 │   ├── PromptTooLong        longer than this server is configured to take
+│   ├── InputTooLong         a text or pair is longer than the encoder takes
 │   ├── ModelNotFound
 │   ├── JobNotFound          no download has this id
 │   └── DownloadRefused      a download that cannot be: no access, no space, no network allowed
@@ -74,6 +75,17 @@ class PromptTooLong(RequestError):
 
     def __init__(self, *, limit: int, num_prompt_tokens: int, param: str) -> None:
         super().__init__(f"{param}: the prompt has {num_prompt_tokens} tokens, and this server takes {limit}.", param)
+
+
+class InputTooLong(RequestError):
+    """One of an encoder's inputs is longer than it takes: it is never cut unless that is asked for."""
+
+    def __init__(self, *, limit: int, num_tokens: int, param: str) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, {param} has {num_tokens} tokens. Shorten "
+            "it, or allow it to be cut (truncate_prompt_tokens: -1).",
+            param,
+        )
 
 
 class ModelNotFound(RequestError):

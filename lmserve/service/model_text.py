@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,26 @@ class SamplingDefaults:
     repetition_penalty: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Instructions:
+    """What an embedding model wants before a text, by name (sentence-transformers calls them prompts)."""
+
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default: str | None = None
+    """The name of the one that is used when none is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """Two texts as a cross-encoder receives them."""
+
+    token_ids: list[int]
+    token_type_ids: list[int]
+    """Which text each token belongs to; empty if the model is not told."""
+    begin: int
+    """Where the second text begins."""
+
+
 class ModelText:
     """One model's words. Made once, off the event loop; safe to use from several threads.
 
@@ -36,9 +56,15 @@ class ModelText:
     """
 
     def __init__(
-        self, tokenizer: Any, *, eos_token_ids: Sequence[int] = (), defaults: SamplingDefaults | None = None
+        self,
+        tokenizer: Any,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        defaults: SamplingDefaults | None = None,
+        instructions: Instructions | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.instructions = instructions or Instructions()
         self.table: TokenTable = build_token_table(tokenizer)
         self.eos_token_ids = sorted({*eos_token_ids, *_as_list(tokenizer.eos_token_id)})
         self.defaults = defaults or SamplingDefaults()
@@ -66,8 +92,12 @@ class ModelText:
         generation = _read_json(path, "generation_config.json", options["revision"])
         model = _read_json(path, "config.json", options["revision"])
         eos = _as_list(generation.get("eos_token_id", model.get("eos_token_id")))
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        return cls(tokenizer, eos_token_ids=eos, defaults=sampling_defaults(generation))
+        folder, instructions = _read_encoder_files(path, options["revision"])
+        tokenizer = AutoTokenizer.from_pretrained(path, subfolder=folder, **options)
+        transformer = _read_json(path, f"{folder}/sentence_bert_config.json".lstrip("/"), options["revision"])
+        if transformer.get("do_lower_case"):
+            lower_case(tokenizer)
+        return cls(tokenizer, eos_token_ids=eos, defaults=sampling_defaults(generation), instructions=instructions)
 
     def encode(self, text: str) -> list[int]:
         """A text that begins a sequence, with the tokenizer's own special tokens (most often one at the beginning).
@@ -83,6 +113,34 @@ class ModelText:
     def encode_rendered(self, text: str) -> list[int]:
         """A rendered chat: the template wrote the special tokens."""
         return self._encode(text, add_special_tokens=False)
+
+    def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
+        """What an encoder receives of each text: as it is, with the tokenizer's own special tokens."""
+        if self._backend is not None:
+            return [list(encoding.ids) for encoding in self._backend.encode_batch_fast(list(texts))]
+        return [self._encode(text, add_special_tokens=True) for text in texts]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedPair]:
+        """What a cross-encoder receives of each pair."""
+        tells = "token_type_ids" in self.tokenizer.model_input_names
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(list(pairs))
+            return [
+                EncodedPair(list(each.ids), list(each.type_ids) if tells else [], _begin(each.sequence_ids))
+                for each in encodings
+            ]
+        with self._lock:
+            found = [(self.tokenizer(*pair), self.tokenizer(pair[0])) for pair in pairs]
+        return [
+            EncodedPair(list(both["input_ids"]), list(both.get("token_type_ids") or []), len(first["input_ids"]))
+            for both, first in found
+        ]
+
+    def num_final_tokens(self) -> int:
+        """Special tokens that the tokenizer adds at the end of a text, or of a pair."""
+        with_them, without = (self._encode("a", add_special_tokens=added) for added in (True, False))
+        first = next(i for i in range(len(with_them)) if with_them[i : i + len(without)] == without)
+        return len(with_them) - first - len(without)
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Render and encode at once: control tokens that stand in the messages become ordinary text."""
@@ -127,13 +185,49 @@ def sampling_defaults(generation_config: dict[str, Any]) -> SamplingDefaults:
     return defaults
 
 
+def _begin(sequence_ids: Sequence[int | None]) -> int:
+    """Of the second text, as the tokenizer tells; the end if it has no tokens."""
+    return next((i for i, sequence in enumerate(sequence_ids) if sequence == 1), len(sequence_ids))
+
+
+def lower_case(tokenizer: Any) -> None:
+    """Makes a tokenizer lower the case of its texts first, as sentence-transformers' ``do_lower_case`` asks."""
+    from tokenizers import normalizers  # noqa: PLC0415  (only the serving process needs it)
+
+    backend = tokenizer.backend_tokenizer
+    own = backend.normalizer
+    if not (isinstance(own, normalizers.BertNormalizer) and own.lowercase):
+        both = [normalizers.Lowercase(), *([] if own is None else [own])]
+        backend.normalizer = normalizers.Sequence(both)
+
+
+def _read_encoder_files(path: str, revision: str) -> tuple[str, Instructions]:
+    """Where a sentence-transformers folder has the transformer's own files, and its instructions."""
+    modules = _read_list(path, "modules.json", revision)
+    folder = str(modules[0].get("path") or "") if modules else ""
+    said = _read_json(path, "config_sentence_transformers.json", revision)
+    prompts = said.get("prompts")
+    texts = {str(name): str(text or "") for name, text in prompts.items()} if isinstance(prompts, dict) else {}
+    default = said.get("default_prompt_name")
+    return folder, Instructions(texts, default if default in texts else None)
+
+
+def _read_list(path: str, name: str, revision: str) -> list[dict[str, Any]]:
+    content = _read(path, name, revision)
+    return [each for each in content if isinstance(each, dict)] if isinstance(content, list) else []
+
+
 def _read_json(path: str, name: str, revision: str) -> dict[str, Any]:
     """A file of a model's folder or hub repository; empty if there is none."""
+    content = _read(path, name, revision)
+    return content if isinstance(content, dict) else {}
+
+
+def _read(path: str, name: str, revision: str) -> Any:
     from transformers.utils.hub import cached_file  # noqa: PLC0415  (as above)
 
     file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    content = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-    return content if isinstance(content, dict) else {}
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else None
 
 
 def _as_list(token_ids: int | list[int] | None) -> list[int]:

@@ -7,10 +7,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from lmserve.config import ModelConfig
-from lmserve.engine.messages import AddRequest
+from lmserve.engine.messages import AddRequest, Encode
 from lmserve.models.facts import ModelFacts
-from lmserve.outputs import RequestOutput
-from lmserve.runtime.interface import RunnerInfo
+from lmserve.outputs import EncoderOutput, RequestOutput
+from lmserve.runtime.interface import RunnerInfo, Task
 
 
 class Engine(Protocol):
@@ -26,6 +26,10 @@ class Engine(Protocol):
             Unavailable: the engine does not take the request now.
             WorkerDied: the worker ended meanwhile.
         """
+        ...
+
+    def encode(self, request: Encode) -> AsyncGenerator[EncoderOutput, None]:
+        """An encoder's news of the request, until each of its inputs is done or it has failed. As ``generate``."""
         ...
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
@@ -98,15 +102,17 @@ class Models(Protocol):
         """Whether ``use`` loads models."""
         ...
 
-    def resolve(self, name: str | None) -> ModelEntry:
-        """The model that serves a name, loaded or not. Raises ``ModelNotFound`` or ``NotReady``."""
+    def resolve(self, name: str | None, task: Task | None = None) -> ModelEntry:
+        """The model that serves a name for a task, loaded or not. Raises ``ModelNotFound``."""
         ...
 
-    def use(self, name: str | None, ttl_seconds: float | None = None) -> AbstractAsyncContextManager[ModelEntry]:
-        """The model that serves a name, loaded, and so until the context ends.
+    def use(
+        self, name: str | None, ttl_seconds: float | None = None, task: Task | None = None
+    ) -> AbstractAsyncContextManager[ModelEntry]:
+        """The model that serves a name for a task, loaded, and so until the context ends.
 
         ``ttl_seconds``: the idle time that it has afterwards; infinity for ever, None as it is.
-        Raises ``ModelNotFound``, or why it cannot be loaded.
+        Raises ``ModelNotFound``, ``InvalidRequest`` if the model is not for that, or why it cannot be loaded.
         """
         ...
 

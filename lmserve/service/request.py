@@ -118,6 +118,11 @@ class ServiceSettings(Protocol):
         ...
 
     @property
+    def max_inputs(self) -> int:
+        """Texts or pairs of one request to an encoder."""
+        ...
+
+    @property
     def first_token_seconds(self) -> float: ...
     @property
     def default_temperature(self) -> float | None: ...
@@ -132,7 +137,12 @@ class ServiceSettings(Protocol):
 
 
 def context_length(info: RunnerInfo) -> int:
-    """Tokens that prompt and output of one sequence may have together: the model's limit or the KV cache's."""
+    """Tokens that prompt and output of one sequence may have together: the model's limit or the KV cache's.
+
+    Of an encoder, tokens that one input may have.
+    """
+    if info.task != "generate":
+        return info.max_model_len
     return min(info.max_model_len, info.kv_cache_tokens)
 
 

@@ -17,6 +17,7 @@ from lmserve.service.log_stream import LogEvent, LogStream
 from lmserve.service.model_text import ModelText
 from lmserve.service.protocols import ModelEntry
 from lmserve.service.request import GenerationOptions, GenerationRequest
+from lmserve.service.texts import Texts
 from tests.api.stub_engine import Script, Settings, StubEngine, StubEntry, StubModels, runner_info
 from tests.service import tokenizers_for_tests as made
 
@@ -35,7 +36,8 @@ class Bench:
         self.engine = StubEngine(runner_info(vocab_size=300), script)
         self.entry = StubEntry(self.engine)
         self.log = LogStream()
-        self.service = GenerationService(StubModels(self.entry), self.log, Settings(), load_text=load_text)
+        self.texts = Texts(load_text)
+        self.service = GenerationService(StubModels(self.entry), self.texts, self.log, Settings())
 
     async def complete(self, *prompts: str | list[int], **options: Any) -> GenerationRequest:
         return await self.service.prepare_completion("r", None, prompts, GenerationOptions(**options))
@@ -48,7 +50,7 @@ class Bench:
             try:
                 await scenario(self)
             finally:
-                self.service.close()
+                self.texts.close()
 
         asyncio.run(main())
 
@@ -156,8 +158,8 @@ def test_a_tokenizer_is_loaded_once_and_a_failure_is_not_remembered() -> None:
 
     async def scenario(bench: Bench) -> None:
         with pytest.raises(ModelLoadFailed, match="no such file"):
-            await bench.service.load_texts([bench.entry])
-        await asyncio.gather(bench.service.load_texts([bench.entry]), bench.complete("x"), bench.complete("y"))
+            await bench.texts.load([bench.entry])
+        await asyncio.gather(bench.texts.load([bench.entry]), bench.complete("x"), bench.complete("y"))
         assert len(calls) == 2
 
     Bench(says(""), load).run(scenario)
@@ -172,8 +174,8 @@ def test_what_is_kept_for_a_model_goes_with_it() -> None:
 
     async def scenario(bench: Bench) -> None:
         await bench.complete("x")
-        bench.service.forget(bench.entry)
-        bench.service.forget(bench.entry)
+        bench.texts.forget(bench.entry)
+        bench.texts.forget(bench.entry)
         await bench.complete("x")
         assert len(calls) == 2
 
