@@ -48,3 +48,16 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """If asked for, of the prompt's tokens from the second on: those that this step computed, each reported once, in
     order. Choice 0 alone has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderOutput:
+    """News of one request to an encoder, after one step: some of its inputs are done, or it has failed."""
+
+    request_id: str
+    indices: tuple[int, ...] = ()
+    """The inputs that are done, by their place in the request. Each is reported once, in any order."""
+    rows: bytes = b""
+    """As many rows of float32 (little-endian): each an embedding, or the logits of a pair."""
+    error: str | None = None
+    """Nothing more comes after it."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any, Generic, TypeVar
 
 from lmserve.engine.messages import (
     HEADER,
     AddRequest,
     Cancel,
+    Encode,
+    EncoderOutputs,
     EngineStats,
     FromWorker,
     MessageTooLong,
@@ -22,14 +25,17 @@ from lmserve.engine.messages import (
     encode,
 )
 from lmserve.errors import InvalidRequest, LMServeError, QueueFull, WorkerDied
-from lmserve.outputs import RequestOutput
+from lmserve.outputs import EncoderOutput, RequestOutput
 from lmserve.runtime.interface import RunnerInfo
 
 MAX_UNREAD_TOKENS = 1024
 """Of one request, all choices together. With more than so many unread it is paused; it goes on at a quarter of them."""
 
 
-class _Mailbox:
+Output = TypeVar("Output", RequestOutput, EncoderOutput)
+
+
+class _Mailbox(Generic[Output]):
     """One live request's outputs that its reader has not taken yet.
 
     What it can hold is bounded: the reader's slowness pauses the request in the worker, and until the worker hears of
@@ -40,14 +46,14 @@ class _Mailbox:
         self.num_sequences = num_sequences
         self.num_unread_tokens = 0
         self.is_paused = False
-        self._outputs: asyncio.Queue[RequestOutput | LMServeError] = asyncio.Queue()
+        self._outputs: asyncio.Queue[Output | LMServeError] = asyncio.Queue()
 
-    def put(self, output: RequestOutput | LMServeError) -> None:
+    def put(self, output: Output | LMServeError) -> None:
         self._outputs.put_nowait(output)
-        if isinstance(output, RequestOutput):
+        if not isinstance(output, LMServeError):
             self.num_unread_tokens += _num_tokens(output)
 
-    async def take(self) -> RequestOutput:
+    async def take(self) -> Output:
         """The next output. Raises why there are no more in its turn."""
         output = await self._outputs.get()
         if isinstance(output, LMServeError):
@@ -56,8 +62,9 @@ class _Mailbox:
         return output
 
 
-def _num_tokens(output: RequestOutput) -> int:
-    return len(output.token_ids) + len(output.prompt_logprobs)
+def _num_tokens(output: RequestOutput | EncoderOutput) -> int:
+    """What a request to an encoder gives is as bounded as the request is: it is never paused."""
+    return len(output.token_ids) + len(output.prompt_logprobs) if isinstance(output, RequestOutput) else 0
 
 
 async def read_message(reader: asyncio.StreamReader) -> FromWorker:
@@ -94,7 +101,8 @@ class AsyncEngine:
         self._writer = writer
         self._max_waiting = max_waiting
         self._name = name
-        self._live: dict[str, _Mailbox] = {}
+        self._unit = "sequences" if info.task == "generate" else "requests"
+        self._live: dict[str, _Mailbox[Any]] = {}
         self._num_live_sequences = 0
         self._num_paused_sequences = 0
         self._dead = False
@@ -112,7 +120,7 @@ class AsyncEngine:
         try:
             while True:
                 message = await read_message(self._reader)
-                assert isinstance(message, StepOutputs), type(message).__name__
+                assert isinstance(message, StepOutputs | EncoderOutputs), type(message).__name__
                 self.stats = message.stats
                 for output in message.outputs:
                     mailbox = self._live.get(output.request_id)
@@ -134,7 +142,7 @@ class AsyncEngine:
             WorkerDied: the worker is gone, before or while the request ran.
             LMServeError: the reason that ``shut_down`` was given.
         """
-        mailbox = self._admit(request)
+        mailbox: _Mailbox[RequestOutput] = self._admit(request, request.sampling.n)
         unfinished = request.sampling.n
         try:
             while unfinished:
@@ -148,7 +156,24 @@ class AsyncEngine:
         finally:
             if unfinished:
                 self.cancel(request.request_id)
-            self._release(request)
+            self._release(request.request_id)
+
+    async def encode(self, request: Encode) -> AsyncGenerator[EncoderOutput, None]:
+        """The rows of all inputs, as they are done; the last output has failed if its ``error`` says so.
+
+        Closing the generator early cancels the request in the worker. Raises as ``generate``.
+        """
+        mailbox: _Mailbox[EncoderOutput] = self._admit(request, 1)
+        unfinished = len(request.inputs)
+        try:
+            while unfinished > 0:
+                output = await mailbox.take()
+                unfinished = 0 if output.error is not None else unfinished - len(output.indices)
+                yield output
+        finally:
+            if unfinished:
+                self.cancel(request.request_id)
+            self._release(request.request_id)
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Stops a request, or one choice of it; its last output then says ``ABORT``. Unknown ids are ignored."""
@@ -166,39 +191,42 @@ class AsyncEngine:
             self._send(Shutdown())
             self._die()
 
-    def _deliver(self, mailbox: _Mailbox, output: RequestOutput) -> None:
+    def _deliver(self, mailbox: _Mailbox[Output], output: Output) -> None:
         mailbox.put(output)
         if mailbox.num_unread_tokens > MAX_UNREAD_TOKENS and not mailbox.is_paused:
             mailbox.is_paused = True
             self._num_paused_sequences += mailbox.num_sequences
             self._send(Pause(output.request_id))
 
-    def _unpause(self, mailbox: _Mailbox) -> None:
+    def _unpause(self, mailbox: _Mailbox[Any]) -> None:
         if mailbox.is_paused:
             mailbox.is_paused = False
             self._num_paused_sequences -= mailbox.num_sequences
 
-    def _admit(self, request: AddRequest) -> _Mailbox:
+    def _admit(self, request: AddRequest | Encode, num_sequences: int) -> _Mailbox[Any]:
         if self._dead:
             raise self._end or WorkerDied(f"The worker of model {self._name} has ended; it is being started again.")
         waiting = self._num_live_sequences - self._num_paused_sequences - self.info.max_num_seqs
         if waiting >= self._max_waiting:
             raise QueueFull(
-                f"The queue of model {self._name} is full: {waiting} sequences wait, the limit is {self._max_waiting}."
+                f"The queue of model {self._name} is full: {waiting} {self._unit} wait, "
+                f"the limit is {self._max_waiting}."
             )
         assert request.request_id not in self._live
         try:
             self._send(request)
         except MessageTooLong as error:
             raise InvalidRequest(f"The request is too large for the engine: {error}.") from error
-        mailbox = self._live[request.request_id] = _Mailbox(request.sampling.n)
-        self._num_live_sequences += request.sampling.n
+        mailbox: _Mailbox[Any] = _Mailbox(num_sequences)
+        self._live[request.request_id] = mailbox
+        self._num_live_sequences += num_sequences
         self._idle.clear()
         return mailbox
 
-    def _release(self, request: AddRequest) -> None:
-        self._unpause(self._live.pop(request.request_id))
-        self._num_live_sequences -= request.sampling.n
+    def _release(self, request_id: str) -> None:
+        mailbox = self._live.pop(request_id)
+        self._unpause(mailbox)
+        self._num_live_sequences -= mailbox.num_sequences
         if not self._live:
             self._idle.set()
 

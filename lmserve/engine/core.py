@@ -6,7 +6,7 @@ import logging
 
 from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
-from lmserve.engine.messages import AddRequest, Cancel, EngineStats, Pause, Resume
+from lmserve.engine.messages import AddRequest, Cancel, EngineStats, Pause, Resume, StepOutputs, ToWorker
 from lmserve.engine.request import Request
 from lmserve.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput, max_request_tokens
 from lmserve.outputs import FinishReason, RequestOutput
@@ -59,6 +59,24 @@ class EngineCore:
             num_cancelled=self._num_cancelled,
             num_finished=self._num_finished,
         )
+
+    def handle(self, message: ToWorker) -> list[RequestOutput]:
+        """Takes up what the API process says."""
+        if isinstance(message, AddRequest):
+            return self.add_request(message)
+        if isinstance(message, Cancel):
+            return self.cancel(message)
+        if isinstance(message, Pause):
+            self.pause(message)
+        elif isinstance(message, Resume):
+            self.resume(message)
+        else:
+            raise AssertionError(f"{type(message).__name__} has no place in the running engine")
+        return []
+
+    def report(self, outputs: list[RequestOutput]) -> StepOutputs:
+        """The message that brings the news."""
+        return StepOutputs(outputs, self.stats)
 
     def add_request(self, message: AddRequest) -> list[RequestOutput]:
         """Queues the ``n`` choices of a request; nothing comes back, or one refusal for each choice.
@@ -136,7 +154,7 @@ class EngineCore:
             raise
         except Exception as error:
             logger.exception("An engine step of %d requests failed.", len(scheduled.requests))
-            if not _is_out_of_memory(error) or len(scheduled.requests) == 1:
+            if not is_out_of_memory(error) or len(scheduled.requests) == 1:
                 return scheduled, None
         fewer = self.scheduler.halve(scheduled)
         try:
@@ -208,6 +226,6 @@ class EngineCore:
         )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """By name: the runtime's tensor library is not to be imported here."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

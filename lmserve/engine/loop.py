@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Protocol, TypeVar
+
 from lmserve.engine.connection import WorkerConnection
-from lmserve.engine.core import EngineCore
-from lmserve.engine.messages import AddRequest, Cancel, Pause, Resume, Shutdown, StepOutputs, ToWorker
-from lmserve.outputs import RequestOutput
+from lmserve.engine.messages import EngineStats, FromWorker, Shutdown, ToWorker
+
+O = TypeVar("O")  # noqa: E741  (the output of one engine)
 
 
-def run_engine(core: EngineCore, connection: WorkerConnection) -> None:
+class Core(Protocol[O]):
+    """An engine as the loop drives it: ``EngineCore`` or ``EncoderCore``."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def handle(self, message: ToWorker) -> list[O]: ...
+
+    def step(self) -> list[O]: ...
+
+    def report(self, outputs: list[O]) -> FromWorker: ...
+
+    def check_integrity(self) -> None: ...
+
+
+def run_engine(core: Core[O], connection: WorkerConnection) -> None:
     """Runs until a Shutdown message. Idle, it is blocked on the socket.
 
     Requests, cancels, pauses and resumes that came during a step are taken up before the next one; the news of a step,
@@ -25,28 +45,14 @@ def run_engine(core: EngineCore, connection: WorkerConnection) -> None:
         else:
             core.check_integrity()
             messages = [connection.receive()]
-        outputs: list[RequestOutput] = []
+        outputs: list[O] = []
         for message in messages:
             if isinstance(message, Shutdown):
                 return
-            outputs += _apply(core, message)
+            outputs += core.handle(message)
         if core.has_work:
             outputs += core.step()
         stats = core.stats
         if outputs or stats != told:
-            connection.send(StepOutputs(outputs, stats))
+            connection.send(core.report(outputs))
             told = stats
-
-
-def _apply(core: EngineCore, message: ToWorker) -> list[RequestOutput]:
-    if isinstance(message, AddRequest):
-        return core.add_request(message)
-    if isinstance(message, Cancel):
-        return core.cancel(message)
-    if isinstance(message, Pause):
-        core.pause(message)
-    elif isinstance(message, Resume):
-        core.resume(message)
-    else:
-        raise AssertionError(f"{type(message).__name__} has no place in the running engine")
-    return []

@@ -2,8 +2,9 @@
 
 A message is a msgpack-encoded tagged struct behind a 4-byte big-endian length. The worker speaks first (``Hello``); the
 API process asks what the model would take (``Plan``, as often as it likes) and has it loaded (``Load``); then requests,
-cancels, pauses and resumes flow one way and one ``StepOutputs`` per engine step the other. A wrong version or a frame
-over ``MAX_MESSAGE_BYTES`` ends the connection: both sides ship together, so either is a bug, nothing to negotiate.
+cancels, pauses and resumes flow one way and one ``StepOutputs`` (of an encoder: ``EncoderOutputs``) per engine step the
+other. A wrong version or a frame over ``MAX_MESSAGE_BYTES`` ends the connection: both sides ship together, so either is
+a bug, nothing to negotiate.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lmserve.outputs import RequestOutput
-from lmserve.runtime.interface import MemoryPlan, RunnerInfo
+from lmserve.outputs import EncoderOutput, RequestOutput
+from lmserve.runtime.interface import EncoderInput, MemoryPlan, RunnerInfo
 from lmserve.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 64 * 2**20
 HEADER = struct.Struct(">I")
 
@@ -83,6 +84,13 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True):
     """Lower runs earlier."""
 
 
+class Encode(msgspec.Struct, tag=True, frozen=True):
+    """API process: a request to an encoder, already checked against the model's limits."""
+
+    request_id: str
+    inputs: list[EncoderInput]
+
+
 class Cancel(msgspec.Struct, tag=True, frozen=True):
     """API process: stop a request, or one choice of it."""
 
@@ -112,6 +120,7 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
+    """Sequences; of an encoder, inputs. An encoder has none that run between two steps."""
     num_paused: int = 0
     """Sequences whose readers are slow; they neither run nor wait."""
     num_free_blocks: int = 0
@@ -133,8 +142,15 @@ class StepOutputs(msgspec.Struct, tag=True, frozen=True):
     stats: EngineStats
 
 
-ToWorker = Plan | Load | AddRequest | Cancel | Pause | Resume | Shutdown
-FromWorker = Hello | Planned | LoadProgress | Ready | LoadFailed | StepOutputs
+class EncoderOutputs(msgspec.Struct, tag=True, frozen=True):
+    """Worker: the news of one step of an encoder."""
+
+    outputs: list[EncoderOutput]
+    stats: EngineStats
+
+
+ToWorker = Plan | Load | AddRequest | Encode | Cancel | Pause | Resume | Shutdown
+FromWorker = Hello | Planned | LoadProgress | Ready | LoadFailed | StepOutputs | EncoderOutputs
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -8,10 +8,13 @@ device in *slots*; the engine hands the slots out and says when one gets a new o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from lmserve.outputs import TokenLogprobs
 from lmserve.sampling_params import SamplingParams
+
+Task = Literal["generate", "embed", "score"]
+"""What a loaded model does: continue a text, make a vector of one, or say how well two of them belong together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,9 @@ class RunnerInfo:
     """Slots."""
     max_num_batched_tokens: int
     """Tokens that one step may compute."""
+    task: Task = "generate"
+    row_size: int = 0
+    """Numbers that an encoder gives for one input: the embedding's size, or the number of labels. 0: it generates."""
     load_seconds: float = 0.0
     fingerprint: str = ""
     """Short hash of everything that decides the logits besides the request: weights, dtype, device, versions."""
@@ -130,6 +136,17 @@ class StepOutput:
     """One entry for each position in the chunks' ``prompt_logprobs``, chunk after chunk."""
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderInput:
+    """One text for an encoder, or one pair of texts, encoded."""
+
+    token_ids: list[int]
+    token_type_ids: list[int] = field(default_factory=list)
+    """As many as there are tokens: which of a pair's texts each belongs to. Empty: all to the first."""
+    num_prompt_tokens: int = 0
+    """At the beginning, of an instruction: some models leave them out of the vector."""
+
+
 class FatalRunnerError(Exception):
     """The device can no longer be trusted (a CUDA error, say). The worker has to end; it is started again."""
 
@@ -147,3 +164,18 @@ class ModelRunner(Protocol):
     def launch(self, step: StepInput) -> None: ...
 
     def collect(self) -> StepOutput: ...
+
+
+@runtime_checkable
+class EncoderRunner(Protocol):
+    """One encoder on its device: each input at once and as a whole, nothing is kept between two calls.
+
+    Exceptions mean what they mean for a ``ModelRunner``.
+    """
+
+    @property
+    def info(self) -> RunnerInfo: ...
+
+    def encode(self, inputs: list[EncoderInput]) -> list[bytes]:
+        """A row of float32 (``info.row_size``, little-endian) for each input, in their order."""
+        ...
