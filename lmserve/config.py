@@ -44,6 +44,16 @@ class ModelConfig:
         "number format of the weights; auto: the checkpoint's own where the device is fast at it, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantization: str = _key(
+        "none",
+        "int8: an encoder's products in 8 bits (docs/embeddings.md has the loss)",
+        choices=("none", "int8"),
+    )
+    task: str = _key(
+        "auto",
+        "what the model is for; auto: its files say",
+        choices=("auto", "generate", "embed", "score"),
+    )
     threads: int = _key(0, "processor threads of a worker; 0: one for each core", low=0)
     attention_backend: str = _key("auto", "attention implementation", choices=("auto", "reference", "sdpa", "cpu"))
     max_model_len: int = _key(0, "tokens of prompt and output together; 0: what the model and the memory allow", low=0)
@@ -123,6 +133,7 @@ class Config:
     max_json_nesting: int = _key(64, "levels of objects and arrays in a request's body", low=4, high=500)
     max_n: int = _key(128, "choices of one prompt (n)", low=1, high=128)
     max_choices: int = _key(2048, "choices of one request: prompts times n", low=1, high=65536)
+    max_inputs: int = _key(2048, "texts or pairs of one request for embeddings or scores", low=1, high=65536)
     max_stop: int = _key(16, "stop strings of one request", low=1, high=1024)
     max_prompt_tokens: int = _key(0, "tokens of one prompt; 0: what the context allows", low=0)
     first_token_seconds: float = _key(

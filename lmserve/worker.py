@@ -18,6 +18,7 @@ from collections.abc import Callable
 from lmserve.config import ModelConfig
 from lmserve.engine.connection import ConnectionClosed, WorkerConnection
 from lmserve.engine.core import EngineCore
+from lmserve.engine.encoder_core import EncoderCore
 from lmserve.engine.loop import run_engine
 from lmserve.engine.messages import (
     PROTOCOL_VERSION,
@@ -33,9 +34,11 @@ from lmserve.engine.messages import (
 from lmserve.engine.scheduler import SchedulerConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.build import build_runner
-from lmserve.runtime.interface import FatalRunnerError
+from lmserve.runtime.encoder.build import build_encoder
+from lmserve.runtime.encoder.plan import plan_encoder
+from lmserve.runtime.encoder.recipe import choose_task
+from lmserve.runtime.interface import EncoderRunner, FatalRunnerError, MemoryPlan, ModelRunner
 from lmserve.runtime.memory_plan import plan_memory
-from lmserve.runtime.model_runner import PackedModelRunner
 
 PR_SET_PDEATHSIG = 1
 
@@ -51,19 +54,14 @@ def main(fd: int) -> int:
         if prepared is None:
             return 3
         config, runner = prepared
-        core = EngineCore(
-            runner,
-            SchedulerConfig(
-                max_num_seqs=runner.info.max_num_seqs,
-                max_num_batched_tokens=runner.info.max_num_batched_tokens,
-                max_model_len=runner.info.max_model_len,
-                prefix_caching=config.prefix_caching,
-            ),
-        )
         gc.collect()
         gc.freeze()  # the model's objects never die: the collector need not walk them during a step
+        _give_memory_back()
         connection.send(Ready(runner.info))
-        run_engine(core, connection)
+        if isinstance(runner, EncoderRunner):
+            run_engine(EncoderCore(runner), connection)
+        else:
+            run_engine(EngineCore(runner, _scheduler_config(config, runner)), connection)
     except ConnectionClosed:
         return 0
     except FatalRunnerError:
@@ -72,7 +70,16 @@ def main(fd: int) -> int:
     return 0
 
 
-def _prepare(connection: WorkerConnection) -> tuple[ModelConfig, PackedModelRunner] | None:
+def _scheduler_config(config: ModelConfig, runner: ModelRunner) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=runner.info.max_num_seqs,
+        max_num_batched_tokens=runner.info.max_num_batched_tokens,
+        max_model_len=runner.info.max_model_len,
+        prefix_caching=config.prefix_caching,
+    )
+
+
+def _prepare(connection: WorkerConnection) -> tuple[ModelConfig, ModelRunner | EncoderRunner] | None:
     """Says what the model would take, as often as it is asked, and loads it. None: it cannot, and has said so.
 
     Raises:
@@ -89,8 +96,8 @@ def _prepare(connection: WorkerConnection) -> tuple[ModelConfig, PackedModelRunn
             model = config.model
             if isinstance(message, Load):
                 reserved, say = message.reserved_bytes, _progress_to(connection)
-                return config, build_runner(config, say, reserved_bytes=reserved)
-            connection.send(Planned(plan_memory(config, message.reserved_bytes)))
+                return config, _build(config, say, reserved)
+            connection.send(Planned(_plan(config, message.reserved_bytes)))
     except ModelLoadFailed as error:
         connection.send(LoadFailed(str(error)))
     except ConnectionClosed:
@@ -101,8 +108,29 @@ def _prepare(connection: WorkerConnection) -> tuple[ModelConfig, PackedModelRunn
     return None
 
 
+def _plan(config: ModelConfig, reserved_bytes: int) -> MemoryPlan:
+    task = choose_task(config)
+    return plan_memory(config, reserved_bytes) if task == "generate" else plan_encoder(config, task, reserved_bytes)
+
+
+def _build(config: ModelConfig, say: Callable[[str, float], None], reserved: int) -> ModelRunner | EncoderRunner:
+    task = choose_task(config)
+    if task != "generate":
+        return build_encoder(config, task, say)
+    if config.quantization != "none":
+        raise ModelLoadFailed(f"quantization {config.quantization} is there for embedding and reranking models only")
+    return build_runner(config, say, reserved_bytes=reserved)
+
+
 def _progress_to(connection: WorkerConnection) -> Callable[[str, float], None]:
     return lambda stage, fraction: connection.send(LoadProgress(stage, fraction))
+
+
+def _give_memory_back() -> None:
+    """What loading took for a while and the C library keeps for later; glibc alone has a word for it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _die_with_parent() -> None:

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import EmptyTqdm
 
 from lmserve import __version__
@@ -70,34 +71,48 @@ class ModelSource:
     is_gguf: bool
 
 
-def read_model_config(config: ModelConfig) -> ModelSource:
+def read_model_config(config: ModelConfig, subfolder: str = "") -> ModelSource:
     """Raises ModelLoadFailed, with a sentence for the person who wants the model."""
     device = choose_device(config.device)
-    source, arguments = _source(config)
+    source, arguments = _source(config, subfolder)
     with _explained(config):
         model_config = AutoConfig.from_pretrained(source, **_config_arguments(arguments))
     return ModelSource(model_config, device, getattr(model_config, "dtype", None), "gguf_file" in arguments)
 
 
 def load_model(
-    config: ModelConfig, progress: Callable[[float], None] = lambda fraction: None
+    config: ModelConfig,
+    progress: Callable[[float], None] = lambda fraction: None,
+    *,
+    auto_class: Any = AutoModelForCausalLM,
+    subfolder: str = "",
+    may_lack: Callable[[str], bool] = lambda name: True,
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """The model on its device, in evaluation mode. ``progress`` hears the share of the weights that has been read.
+
+    ``auto_class``: which of transformers' classes of the architecture is meant. ``subfolder``: where the files are.
+    ``may_lack``: whether a weight, by its name, may stay as chance has made it where no file has it.
 
     Raises:
         ModelLoadFailed: with a sentence for the person who wants the model.
     """
-    source, arguments = _source(config)
-    known = read_model_config(config)
+    source, arguments = _source(config, subfolder)
+    known = read_model_config(config, subfolder)
     dtype = choose_dtype(config.dtype, known.checkpoint_dtype, known.device)
     with _explained(config), _watched(progress):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = auto_class.from_pretrained(
             source,
             dtype=dtype,
             device_map={"": known.device},
             attn_implementation=_stock_attention(known.config),
+            output_loading_info=True,
             **arguments,
         )
+    model, report = loaded
+    lacking = sorted(name for name in report["missing_keys"] if not may_lack(name))
+    if lacking:
+        kind = type(model).__name__
+        raise ModelLoadFailed(f"{config.model}: as a {kind} it needs weights that its files lack: {lacking[0]}")
     model.train(False).requires_grad_(False)
     return model, dtype
 
@@ -147,7 +162,30 @@ class _CountedBar(EmptyTqdm):
             self._progress(self._done / self._total)
 
 
-def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+def read_json(config: ModelConfig, name: str) -> Any:
+    """The content of a file in the model's folder or hub repository; None if there is none, or it is no JSON."""
+    file = find_file(config, name)
+    try:
+        return None if file is None else json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def find_file(config: ModelConfig, name: str) -> Path | None:
+    """A file in the model's folder or hub repository, on this machine."""
+    path = Path(config.model)
+    if path.is_file():
+        return None
+    if path.exists():
+        return path / name if (path / name).is_file() else None
+    with _explained(config):
+        found = cached_file(
+            config.model, name, revision=config.revision or None, _raise_exceptions_for_missing_entries=False
+        )
+    return None if found is None else Path(found)
+
+
+def _source(config: ModelConfig, subfolder: str = "") -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` is called with: a folder, a GGUF file's folder, or a hub name."""
     arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     path = Path(config.model)
@@ -155,6 +193,8 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         arguments["quantization_config"] = GgufConfig(gguf_file=path.name, dequantize=True)
         arguments["gguf_file"] = path.name
         return str(path.parent), arguments
+    if subfolder:
+        arguments["subfolder"] = subfolder
     if not path.exists() and config.revision:
         arguments["revision"] = config.revision
     return config.model, arguments

@@ -19,7 +19,7 @@ from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.interface import MemoryPlan
 from lmserve.runtime.kv_cache import LayerShape, block_bytes
-from lmserve.runtime.loader import choose_dtype, native_context_length, read_model_config
+from lmserve.runtime.loader import ModelSource, choose_dtype, native_context_length, read_model_config
 from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
 from lmserve.runtime.prepack import linears_to_prepack
@@ -36,19 +36,17 @@ LEAST_CONTEXT = 2048
 
 
 def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
-    """The terms for this device, as it is now. ``reserved_bytes`` of the free memory are kept for others.
+    """A language model's terms, for this device as it is now. ``reserved_bytes`` of what is free are kept for others.
 
     Raises:
         ModelLoadFailed: there is no such model, or it cannot be served.
     """
     source = read_model_config(config)
     device, dtype = source.device, choose_dtype(config.dtype, source.checkpoint_dtype, source.device)
-    model = _hollow_model(source.config, config.trust_remote_code)
-    quantized = getattr(source.config, "quantization_config", None) is not None and not source.is_gguf
-    weights = _file_bytes(Path(config.model)) if quantized else 0
-    weights = weights or weight_bytes(model, device, dtype)
+    model = hollow_model(source.config, AutoModelForCausalLM, config.trust_remote_code)
+    weights = loaded_weight_bytes(config, source, model, dtype)
     activations = activation_bytes(model, config, device, dtype)
-    fixed = _fixed_bytes(device)
+    fixed = fixed_bytes(device)
     free = free_bytes(device) + (fixed if device.type == "cpu" else 0) - reserved_bytes
     rest = free - weights - activations - fixed
     size, bytes_per_block = _cache_size(model, config, dtype, rest, device)
@@ -66,6 +64,13 @@ def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
     )
 
 
+def loaded_weight_bytes(config: ModelConfig, source: ModelSource, model: nn.Module, dtype: torch.dtype) -> int:
+    """As ``weight_bytes``, of a quantized checkpoint too."""
+    quantized = getattr(source.config, "quantization_config", None) is not None and not source.is_gguf
+    in_files = _file_bytes(Path(config.model)) if quantized else 0
+    return in_files or weight_bytes(model, source.device, dtype)
+
+
 def weight_bytes(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
     """Of the weights as they will stand in memory: a prepacked one whose tensor others use too is there twice."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
@@ -77,12 +82,17 @@ def weight_bytes(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 def activation_bytes(model: nn.Module, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
     """The tensors of the largest step, and the sampler's."""
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]  # a transformers model
-    hidden = int(getattr(text, "hidden_size", 0) or 0)
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    inner = max(inner) if isinstance(inner, list | tuple) else int(inner)
-    layers = num_batched_tokens(config, device) * (6 * hidden + 4 * inner) * dtype.itemsize
+    layers = num_batched_tokens(config, device) * layer_row_bytes(text, dtype)
     sampler = config.max_num_seqs * int(text.vocab_size) * (dtype.itemsize + SAMPLER_COPIES * 4)
     return layers + sampler + FIRST_USE_BYTES
+
+
+def layer_row_bytes(text_config: Any, dtype: torch.dtype) -> int:
+    """What the widest layer holds for one token."""
+    hidden = int(getattr(text_config, "hidden_size", 0) or 0)
+    inner = getattr(text_config, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, list | tuple) else int(inner)
+    return (6 * hidden + 4 * inner) * dtype.itemsize
 
 
 def num_batched_tokens(config: ModelConfig, device: torch.device) -> int:
@@ -90,12 +100,13 @@ def num_batched_tokens(config: ModelConfig, device: torch.device) -> int:
     return config.max_num_batched_tokens or (CPU_BATCHED_TOKENS if device.type == "cpu" else GPU_BATCHED_TOKENS)
 
 
-def _hollow_model(model_config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """In bfloat16, whatever it will run in: torch's grouped products, without data, know no other format."""
+def hollow_model(model_config: Any, auto_class: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """Without memory. In bfloat16, whatever it will run in: torch's grouped products without data know no other."""
     try:
         with torch.device("meta"):
-            make: Any = AutoModelForCausalLM.from_config
-            model: PreTrainedModel = make(model_config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = auto_class.from_config(
+                model_config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+            )
     except (ValueError, ImportError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelLoadFailed(f"{type(model_config).__name__}: {error}") from error
     model.train(False)
@@ -143,7 +154,7 @@ def _usual_shapes(model: PreTrainedModel) -> dict[int, LayerShape]:
     return dict.fromkeys(range(text.num_hidden_layers), LayerShape(heads, head_size, head_size))
 
 
-def _fixed_bytes(device: torch.device) -> int:
+def fixed_bytes(device: torch.device) -> int:
     """On a CPU what this process has taken by now; elsewhere the device's own share is spent before it can be seen."""
     return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
 

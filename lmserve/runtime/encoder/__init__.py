@@ -1,0 +1,1 @@
+"""Models that read a text as a whole: embedding models and cross-encoders."""
