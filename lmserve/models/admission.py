@@ -58,7 +58,7 @@ class Admission:
     @staticmethod
     async def plan(entry: ModelEntry, worker: Worker, reserved_bytes: int) -> MemoryPlan:
         """The worker's plan. It may ask the hub for a configuration: not for ever, for others wait."""
-        planning = asyncio.ensure_future(worker.plan(entry.config, reserved_bytes))
+        planning = asyncio.ensure_future(worker.plan(entry.worker_config, reserved_bytes))
         try:
             await asyncio.wait({planning}, timeout=PLAN_SECONDS)
             if not planning.done():

@@ -15,6 +15,7 @@ from lmserve.models.entry import ModelEntry
 from lmserve.models.names import find_entry, is_called
 from lmserve.models.registry import KnownModel, Registry
 from lmserve.models.scan import hub_cache_folder
+from lmserve.runtime.interface import Task
 
 REFRESH_SECONDS = 2.0
 """How long what was found on the disk is good for those who list it."""
@@ -48,20 +49,20 @@ class Entries:
         """Those that are loaded at the start."""
         return [self._entries[config.model_id.lower()] for config in self._config.models]
 
-    def resolve(self, name: str | None) -> ModelEntry:
+    def resolve(self, name: str | None, task: Task | None = None) -> ModelEntry:
         """The one a client means (``find_entry``). Raises ModelNotFound with the names there are."""
-        return find_entry(self.all(), name, strict=self._config.strict_model_names)
+        return find_entry(self.all(), name, strict=self._config.strict_model_names, task=task)
 
-    async def find(self, name: str | None) -> ModelEntry:
+    async def find(self, name: str | None, task: Task | None = None) -> ModelEntry:
         """As ``resolve``; looks on the disk before it gives up, or takes the loaded model for one of another name."""
         try:
-            entry = self.resolve(name)
+            entry = self.resolve(name, task)
             if name is None or is_called(entry, name):
                 return entry
             await self.refresh(OTHER_NAME_SECONDS)
         except ModelNotFound:
             await self.refresh()
-        return self.resolve(name)
+        return self.resolve(name, task)
 
     async def refresh(self, max_age: float = REFRESH_SECONDS) -> None:
         """Look again which models there are on the disk, unless that was done less than ``max_age`` seconds ago."""

@@ -6,19 +6,31 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, cast
 
 from lmserve.config import ModelConfig, ModelSetup
 from lmserve.engine.async_engine import AsyncEngine
 from lmserve.errors import InvalidRequest, ModelLoadFailed, NotReady
-from lmserve.models.facts import ModelFacts
+from lmserve.models.facts import ModelFacts, ModelType
 from lmserve.models.registry import KnownModel
 from lmserve.models.worker_process import Worker
-from lmserve.runtime.interface import MemoryPlan, RunnerInfo
+from lmserve.runtime.interface import MemoryPlan, RunnerInfo, Task
 
 RETRY_SECONDS = 2.0
 
 State = Literal["not-loaded", "loading", "loaded", "failed"]
+
+
+TASKS: Mapping[ModelType, Task] = MappingProxyType(
+    {"llm": "generate", "vlm": "generate", "embeddings": "embed", "reranker": "score"}
+)
+DOES: Mapping[Task | None, str] = MappingProxyType(
+    {"generate": "is a language model", "embed": "makes embeddings", "score": "scores pairs of texts"}
+)
+CANNOT: Mapping[Task, str] = MappingProxyType(
+    {"generate": "cannot generate text", "embed": "makes no embeddings", "score": "scores no pairs of texts"}
+)
 
 
 class Origin(Enum):
@@ -138,16 +150,30 @@ class ModelEntry:
             return max(0, self.plan.total_bytes - self.resident_bytes)
         return 0 if self.state == "loaded" else self.plan.total_bytes
 
-    def check_servable(self) -> None:
+    @property
+    def task(self) -> Task | None:
+        """What it does, as its configuration, its worker or its files say; None: not known yet."""
+        if self.config.task != "auto":
+            return cast(Task, self.config.task)
+        if self.info is not None:
+            return self.info.task
+        return None if self.facts is None else TASKS[self.facts.type]
+
+    @property
+    def worker_config(self) -> ModelConfig:
+        """What its worker is told: what the files say here, it need not find out."""
+        return replace(self.config, task=self.task or "auto")
+
+    def check_servable(self, task: Task | None = None) -> None:
         """
         Raises:
             ModelLoadFailed: its files are known to be of no use.
-            InvalidRequest: it is a model, and none that generates.
+            InvalidRequest: it is a model, and none for this task.
         """
         if self.known.problem is not None and self.facts is None:
             raise ModelLoadFailed(f"Model {self.model_id} cannot be loaded: {self.known.problem}")
-        if self.facts is not None and self.facts.type == "embeddings":
-            raise InvalidRequest(f"Model {self.model_id} makes embeddings: it cannot generate text.", "model")
+        if task is not None and self.task not in (None, task):
+            raise InvalidRequest(f"Model {self.model_id} {DOES[self.task]}: it {CANNOT[task]}.", "model")
 
     @property
     def engine(self) -> AsyncEngine:

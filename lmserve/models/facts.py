@@ -25,7 +25,7 @@ from lmserve.models.weight_files import (
     read_safetensors_header,
 )
 
-ModelType = Literal["llm", "vlm", "embeddings"]
+ModelType = Literal["llm", "vlm", "embeddings", "reranker"]
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -66,7 +66,7 @@ class ModelFacts:
     context_length: int | None
     """Tokens that the model was made for."""
     capabilities: tuple[str, ...]
-    """Out of completion, chat, tools, vision, embeddings."""
+    """Out of completion, chat, tools, vision, embeddings, rerank."""
 
 
 def read_facts(location: Path) -> ModelFacts:
@@ -154,24 +154,32 @@ def _kind(folder: Path, config: dict[str, Any], text_config: dict[str, Any], arc
     encodes_and_decodes = config.get("is_encoder_decoder") is True or text_config.get("is_encoder_decoder") is True
     if encodes_and_decodes or (conditional and not sees and "audio_config" not in config):
         raise NotAModel(f"{name}: encoder-decoder models are not served")
+    scores = architecture.endswith("ForSequenceClassification")
     if (folder / "modules.json").is_file():  # what sentence-transformers writes
-        return "embeddings"
+        return "reranker" if scores and _is_cross_encoder(folder) else "embeddings"
     if sees and (generates or conditional):
         return "vlm"
     reads_text = isinstance(text_config.get("vocab_size"), int) and not sees
     if generates or (reads_text and not architecture and config.get("model_type") not in _ENCODERS):
         return "llm"
-    encodes = architecture.endswith(("Model", "ForMaskedLM", "ForSequenceClassification", "ForPreTraining"))
+    if scores and reads_text:
+        return "reranker"
+    encodes = architecture.endswith(("Model", "ForMaskedLM", "ForPreTraining"))
     if reads_text and (encodes or not architecture) and not {"audio_config", "conv_dim", "image_size"} & config.keys():
         return "embeddings"
     raise NotAModel(f"{name}: models of this architecture are not served")
+
+
+def _is_cross_encoder(folder: Path) -> bool:
+    own = _json_or_empty(folder / "sentence_bert_config.json")
+    return own.get("transformer_task") == "sequence-classification"
 
 
 def _context_length(folder: Path, config: dict[str, Any], text_config: dict[str, Any], kind: ModelType) -> int | None:
     length = next(
         (found for part in (text_config, config) for key in _CONTEXT_KEYS if (found := _positive(part.get(key)))), None
     )
-    if kind != "embeddings":
+    if kind not in ("embeddings", "reranker"):
         return length
     # An encoder's positions are often two more than it takes (RoBERTa counts from its padding on), and
     # sentence-transformers trains on less than that: its own number goes first.
@@ -200,6 +208,8 @@ def _template_texts(found: Any) -> Iterator[str]:
 def _capabilities(kind: ModelType, templates: Sequence[str]) -> tuple[str, ...]:
     if kind == "embeddings":
         return ("embeddings",)
+    if kind == "reranker":
+        return ("rerank",)
     found = ["completion"]
     if templates:
         found.append("chat")

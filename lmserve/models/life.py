@@ -169,7 +169,7 @@ class Life:
                 await self._end_worker(worker)
                 raise
         try:
-            await worker.load(entry.config, reserved, self._say_stage)
+            await worker.load(entry.worker_config, reserved, self._say_stage)
             entry.failure, entry.idle_since = None, time.monotonic()
             self._was_loaded = True
             await self._set_state("loaded")

@@ -21,7 +21,7 @@ from lmserve.models.entry import RETRY_SECONDS, LoadOptions, ModelEntry, Origin
 from lmserve.models.life import Life, Observer, placed
 from lmserve.models.starter import cache_folder
 from lmserve.models.worker_process import Worker
-from lmserve.runtime.interface import MemoryPlan
+from lmserve.runtime.interface import MemoryPlan, Task
 
 logger = logging.getLogger(__name__)
 
@@ -68,33 +68,36 @@ class ModelManager:
         """Whether requests load models."""
         return self._config.just_in_time
 
-    def resolve(self, name: str | None) -> ModelEntry:
-        """The entry a client means, loaded or not (``find_entry``).
+    def resolve(self, name: str | None, task: Task | None = None) -> ModelEntry:
+        """The entry a client means for a task, loaded or not (``find_entry``).
 
         Raises:
             ModelNotFound: with the names there are.
         """
-        return self._known.resolve(name)
+        return self._known.resolve(name, task)
 
     async def refresh(self, max_age: float = REFRESH_SECONDS) -> None:
         """Look again which models there are on the disk, unless that was done less than ``max_age`` seconds ago."""
         await self._known.refresh(max_age)
 
     @contextlib.asynccontextmanager
-    async def use(self, name: str | None, ttl_seconds: float | None = None) -> AsyncIterator[ModelEntry]:
-        """The model a client means, loaded if need be; it stays loaded until the context ends.
+    async def use(
+        self, name: str | None, ttl_seconds: float | None = None, task: Task | None = None
+    ) -> AsyncIterator[ModelEntry]:
+        """The model a client means for a task, loaded if need be; it stays loaded until the context ends.
 
         ``ttl_seconds``: idle time that it has afterwards if a request has loaded it; infinity for ever, None as it is.
 
         Raises:
             ModelNotFound: no such model, or it is not loaded and just-in-time loading is off.
+            InvalidRequest: it is there for another task.
             NotReady, InsufficientMemory, ModelLoadFailed, ModelUnloaded: it cannot be had now.
         """
-        entry = await self._find(name)
+        entry = await self._find(name, task)
         entry.num_users += 1
         self._disarm(entry)
         try:
-            await self._ensure_loaded(entry, ttl_seconds)
+            await self._ensure_loaded(entry, ttl_seconds, task)
             yield entry
         finally:
             entry.num_users -= 1
@@ -230,15 +233,15 @@ class ModelManager:
         await asyncio.gather(*(life.end(reason) for life in self._lives.values()))
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _find(self, name: str | None) -> ModelEntry:
+    async def _find(self, name: str | None, task: Task | None = None) -> ModelEntry:
         """The model for a request that comes in now. Raises NotReady while the server drains."""
         if self._draining:
             raise NotReady("The server is shutting down.", retry_after=5.0)
-        return await self._known.find(name)
+        return await self._known.find(name, task)
 
-    async def _ensure_loaded(self, entry: ModelEntry, ttl_seconds: float | None) -> None:
+    async def _ensure_loaded(self, entry: ModelEntry, ttl_seconds: float | None, task: Task | None) -> None:
         await self._wait_if_ending(entry)
-        entry.check_servable()
+        entry.check_servable(task)
         if entry.state in ("not-loaded", "failed"):
             if not self.just_in_time:
                 raise ModelNotFound(
@@ -253,6 +256,7 @@ class ModelManager:
             entry.ttl_seconds = None if math.isinf(ttl_seconds) else ttl_seconds
         if entry.state == "loading" and not entry.restarts:
             await self._wait_ready(entry)
+        entry.check_servable(task)  # of one whose files came only now it is known now
 
     async def _wait_ready(self, entry: ModelEntry) -> None:
         """Raises why it cannot be loaded, to each who waits; or NotReady if that takes too long."""

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 
 from lmserve.errors import ModelNotFound
 from lmserve.models.entry import ModelEntry
+from lmserve.runtime.interface import Task
 
 MAX_NAMES = 20
 """Of models, in an error's message."""
 
 
-def find_entry(entries: Sequence[ModelEntry], name: str | None, *, strict: bool) -> ModelEntry:
+def find_entry(
+    entries: Sequence[ModelEntry], name: str | None, *, strict: bool, task: Task | None = None
+) -> ModelEntry:
     """A model's id, whatever its case is; or what stands behind the id's slash, or where the model comes from, if that
     is one model's alone, loaded ones before the others; or any name if one model is loaded and names are not strict.
+
+    ``task``: what it is asked for. A name that is nobody's means the one loaded model that does it; of encoders, if
+    none is loaded, the one that is known: programs are often written with a name that means nothing.
 
     Raises:
         ModelNotFound: with the names there are.
@@ -26,8 +32,13 @@ def find_entry(entries: Sequence[ModelEntry], name: str | None, *, strict: bool)
                 found = [entry for entry in group if test(entry, wanted)]
                 if len(found) == 1:
                     return found[0]
-    if len(live) == 1 and (name is None or not strict):
-        return live[0]
+    if name is None or not strict:
+        able = [entry for entry in live if entry.task in (None, task)] if task is not None else live
+        if task not in (None, "generate") and not able:
+            able = [entry for entry in entries if entry.task == task and entry.known.problem is None]
+        for group in (able, live):
+            if len(group) == 1:
+                return group[0]
     if name is None and not live and len(entries) == 1:
         return entries[0]
     raise ModelNotFound(_explain(entries, live, name), "model")

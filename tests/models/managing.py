@@ -84,7 +84,7 @@ def lazy(folder: Path, observer: Observer | None = None, names: Sequence[str] = 
 
 
 async def ask(manager: ModelManager, name: str, request_id: str = "r", ttl: float | None = None) -> list[int]:
-    async with manager.use(name, ttl) as entry:
+    async with manager.use(name, ttl, task="generate") as entry:
         return await complete(entry, request_id)
 
 

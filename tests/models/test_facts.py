@@ -76,7 +76,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "vision, called causal": ({"architectures": ["OvisForCausalLM"], **VISION}, "vlm"),
     "encoder": ({"architectures": ["XLMRobertaModel"], **ENCODER}, "embeddings"),
     "masked": ({"architectures": ["BertForMaskedLM"], **ENCODER}, "embeddings"),
-    "classifier": ({"architectures": ["BertForSequenceClassification"], **ENCODER}, "embeddings"),
+    "classifier": ({"architectures": ["BertForSequenceClassification"], **ENCODER}, "reranker"),
     "encoder without architecture": ({"model_type": "bert", **ENCODER}, "embeddings"),
 }
 

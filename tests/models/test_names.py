@@ -3,21 +3,22 @@ from __future__ import annotations
 import pytest
 
 from lmserve.config import ModelConfig
-from lmserve.errors import ModelNotFound
+from lmserve.errors import InvalidRequest, ModelNotFound
 from lmserve.models.entry import ModelEntry, State
 from lmserve.models.names import find_entry
 from lmserve.models.registry import KnownModel
+from lmserve.runtime.interface import Task
 
 
-def entry(model_id: str, state: State = "loaded", location: str = "/models/x") -> ModelEntry:
+def entry(model_id: str, state: State = "loaded", location: str = "/models/x", task: str = "auto") -> ModelEntry:
     known = KnownModel(model_id=model_id, location=location, source="configured", facts=None, problem=None)
-    made = ModelEntry(known, ModelConfig(model=location, model_id=model_id), {})
+    made = ModelEntry(known, ModelConfig(model=location, model_id=model_id, task=task), {})
     made.state = state
     return made
 
 
-def find(entries: list[ModelEntry], name: str | None, *, strict: bool = False) -> str:
-    return find_entry(entries, name, strict=strict).model_id
+def find(entries: list[ModelEntry], name: str | None, *, strict: bool = False, task: Task | None = None) -> str:
+    return find_entry(entries, name, strict=strict, task=task).model_id
 
 
 def test_one_loaded_model_answers_to_any_name_unless_names_are_strict() -> None:
@@ -49,6 +50,37 @@ def test_the_only_known_model_needs_no_name() -> None:
         find([entry("a", "not-loaded")], "b")
     with pytest.raises(ModelNotFound, match="No model was named"):
         find([entry("a", "not-loaded"), entry("b", "not-loaded")], None)
+
+
+def test_a_name_that_is_nobodys_means_the_one_model_for_the_task() -> None:
+    chat, vectors = entry("chat", task="generate"), entry("vectors", "not-loaded", task="embed")
+    assert find([chat, vectors], "gpt-4o", task="generate") == "chat"
+    assert find([chat, vectors], "text-embedding-3-small", task="embed") == "vectors"
+    assert find([chat, vectors], "chat", task="embed") == "chat", "a model that is named is meant: it is refused"
+    vectors.state = "loaded"
+    assert find([chat, vectors], "gpt-4o", task="generate") == "chat"
+    assert find([chat, vectors], None, task="embed") == "vectors"
+    with pytest.raises(ModelNotFound):
+        find([chat, vectors], "text-embedding-3-small", task="embed", strict=True)
+    with pytest.raises(ModelNotFound):
+        find([chat, vectors], "reranker", task="score")
+    others = [entry("v2", "not-loaded", task="embed"), entry("v3", "not-loaded", task="embed")]
+    assert find([chat, vectors, *others], "text-embedding-3-small", task="embed") == "vectors"
+    assert find([chat, *others], "text-embedding-3-small", task="embed") == "chat", "the one that is loaded"
+    with pytest.raises(ModelNotFound):
+        find(others, "text-embedding-3-small", task="embed")
+
+
+def test_a_model_is_for_its_task_alone() -> None:
+    for task in ("generate", "embed", "score"):
+        made = entry("m", task=task)
+        made.check_servable()
+        for wanted in ("generate", "embed", "score"):
+            if wanted == task:
+                made.check_servable(wanted)
+            else:
+                with pytest.raises(InvalidRequest, match="Model m "):
+                    made.check_servable(wanted)
 
 
 def test_a_long_list_of_names_is_cut() -> None:
