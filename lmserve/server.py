@@ -28,8 +28,10 @@ from lmserve.models.downloads import Downloads
 from lmserve.models.entry import ModelEntry
 from lmserve.models.life import Observer
 from lmserve.models.manager import ModelManager
+from lmserve.service.encoding import EncodingService
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream, LogStreamHandler, runtime_event
+from lmserve.service.texts import Texts
 
 EXIT_OK = 0
 EXIT_START_FAILED = 3
@@ -52,10 +54,12 @@ async def _serve(config: Config, sock: socket.socket) -> int:
     log = LogStream()
     teller = _Teller(log)
     models = ModelManager(config, teller)
-    service = teller.service = GenerationService(models, log, config)
+    texts = teller.texts = Texts()
+    service = GenerationService(models, texts, log, config)
+    encoding = EncodingService(models, texts, log, config)
     downloads = Downloads(lambda job: teller.downloaded(models))
     more = [*ManageEndpoint(models, config).operations(), *DownloadsEndpoint(downloads, config).operations()]
-    app = create_app(service, models, log, config, more)
+    app = create_app(service, encoding, models, log, config, more)
     http_server = _HttpServer(_uvicorn_config(config, app))
     try:
         http_server.config.load()
@@ -65,7 +69,7 @@ async def _serve(config: Config, sock: socket.socket) -> int:
     logging.getLogger("lmserve").addHandler(handler := LogStreamHandler(log))
     models.start()
     http = asyncio.create_task(http_server.serve(sockets=[sock]))
-    loaded = asyncio.create_task(_load(models, service))
+    loaded = asyncio.create_task(_load(models, texts))
     stop = asyncio.create_task(stopping.wait())
     try:
         await asyncio.wait({loaded, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -86,14 +90,14 @@ async def _serve(config: Config, sock: socket.socket) -> int:
         log.close()  # an open listener would keep the server waiting
         http_server.stop()
         await asyncio.gather(http, loaded, stop, return_exceptions=True)
-        service.close()
+        texts.close()
         logging.getLogger("lmserve").removeHandler(handler)
 
 
-async def _load(models: ModelManager, service: GenerationService) -> None:
+async def _load(models: ModelManager, texts: Texts) -> None:
     """The models that are loaded at the start: weights in the workers and tokenizers here, at the same time."""
     await models.wait_loaded()
-    await service.load_texts([entry for entry in models.entries() if entry.state == "loaded"])
+    await texts.load([entry for entry in models.entries() if entry.state == "loaded"])
 
 
 async def _drain(models: ModelManager, seconds: float, http_server: _HttpServer) -> None:
@@ -107,10 +111,10 @@ async def _drain(models: ModelManager, seconds: float, http_server: _HttpServer)
 
 
 class _Teller(Observer):
-    """Passes on what becomes of models: to the terminal, the log stream, and the service, which has their texts."""
+    """Passes on what becomes of models: to the terminal, the log stream, and those who have their tokenizers."""
 
     def __init__(self, log: LogStream) -> None:
-        self.service: GenerationService | None = None
+        self.texts: Texts | None = None
         self._log = log
         self._stages: dict[ModelEntry, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -131,8 +135,8 @@ class _Teller(Observer):
 
     def unloaded(self, entry: ModelEntry) -> None:
         self._stages.pop(entry, None)
-        if self.service is not None:
-            self.service.forget(entry)
+        if self.texts is not None:
+            self.texts.forget(entry)
 
     def downloaded(self, models: ModelManager) -> None:
         """A model has come: it is known from now on."""
@@ -147,9 +151,9 @@ class _Teller(Observer):
         task.add_done_callback(self._tasks.discard)
 
     async def _load_text(self, entry: ModelEntry) -> None:
-        if self.service is not None:
+        if self.texts is not None:
             with contextlib.suppress(LMServeError):
-                await self.service.load_texts([entry])
+                await self.texts.load([entry])
 
 
 class _HttpServer(uvicorn.Server):
@@ -270,10 +274,15 @@ def describe(entry: ModelEntry) -> str:
     """A loaded model in a few lines for people."""
     info = entry.info
     assert info is not None
-    return (
+    model = (
         f"\n{entry.model_id}  {info.architecture} from {entry.path}, loaded in {info.load_seconds:.1f} s\n"
         f"  device   {info.device}, {info.dtype}, attention: {info.attention_backend}, {info.lane} lane\n"
         f"  weights  {info.num_parameters / 1e6:,.1f} M parameters, {size(info.weight_bytes)}\n"
+    )
+    if info.task != "generate":
+        what = f"vectors of {info.row_size} numbers" if info.task == "embed" else f"{info.row_size} label(s)"
+        return f"{model}  encoder  {what}; {info.max_model_len:,} tokens, {info.max_num_batched_tokens} a step"
+    return model + (
         f"  KV cache {info.kv_cache_tokens:,} tokens, {size(info.kv_cache_bytes)}, blocks of {info.block_size}\n"
         f"  context  {info.max_model_len:,} tokens; {info.max_num_seqs} sequences at once, "
         f"{info.max_num_batched_tokens} tokens a step"

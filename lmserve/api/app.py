@@ -31,9 +31,9 @@ from lmserve.api.models import ModelsEndpoint
 from lmserve.api.openapi import OpenApiEndpoint, Operation
 from lmserve.api.schema.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from lmserve.api.schema.completions import Completion, CompletionRequest
-from lmserve.api.schema.embeddings import EmbeddingRequest
-from lmserve.api.schema.errors import ErrorAnswer
+from lmserve.api.schema.embeddings import EmbeddingList, EmbeddingRequest
 from lmserve.api.schema.models import Health, ModelDetails, ModelDetailsList, ModelItem, ModelList, Version
+from lmserve.api.schema.scores import RerankAnswer, RerankRequest, ScoreAnswer, ScoreRequest
 from lmserve.api.schema.tokens import (
     ApplyTemplateAnswer,
     ApplyTemplateRequest,
@@ -42,9 +42,11 @@ from lmserve.api.schema.tokens import (
     TokenizeAnswer,
     TokenizeRequest,
 )
+from lmserve.api.scores import ScoresEndpoint
 from lmserve.api.settings import ApiSettings
 from lmserve.api.tokens import TokensEndpoint
 from lmserve.errors import LMServeError
+from lmserve.service.encoding import EncodingService
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
 from lmserve.service.protocols import Models
@@ -52,6 +54,7 @@ from lmserve.service.protocols import Models
 
 def create_app(
     service: GenerationService,
+    encoding: EncodingService,
     models: Models,
     log: LogStream,
     config: ApiSettings,
@@ -61,7 +64,7 @@ def create_app(
 
     It owns nothing: models, threads and the log live as long as their maker wants.
     """
-    operations = [*_operations(service, models, log, config), *more]
+    operations = [*_operations(service, encoding, models, log, config), *more]
     document = OpenApiEndpoint(operations, with_keys=bool(config.api_key)).document
     routes = [Route(o.path, o.endpoint, methods=[o.method]) for o in operations]
     routes.append(Route("/openapi.json", document, methods=["GET"]))
@@ -71,12 +74,15 @@ def create_app(
     return app
 
 
-def _operations(service: GenerationService, models: Models, log: LogStream, config: ApiSettings) -> list[Operation]:
+def _operations(
+    service: GenerationService, encoding: EncodingService, models: Models, log: LogStream, config: ApiSettings
+) -> list[Operation]:
     """Every path: what is routed is what is documented."""
     return [
         *_generating(service, config, "/v1", with_stats=False),
         *_generating(service, config, "/api/v0", with_stats=True),
-        *_about_tokens(service, models, config),
+        *_encoding(encoding, config),
+        *_about_tokens(service, config),
         *_about_the_server(models, log, config),
     ]
 
@@ -107,8 +113,27 @@ def _generating(service: GenerationService, config: ApiSettings, base: str, *, w
     ]
 
 
-def _about_tokens(service: GenerationService, models: Models, config: ApiSettings) -> list[Operation]:
-    tokens, embeddings = TokensEndpoint(service, config), EmbeddingsEndpoint(models, config)
+def _encoding(service: EncodingService, config: ApiSettings) -> list[Operation]:
+    embed, scores = EmbeddingsEndpoint(service, config).create, ScoresEndpoint(service, config)
+    vectors, order = "Vectors of texts", "Put documents in the order in which they suit a query"
+    return [
+        *(
+            Operation("POST", path, embed, vectors, body=EmbeddingRequest, answer=EmbeddingList)
+            for path in ("/v1/embeddings", "/api/v0/embeddings")
+        ),
+        *(
+            Operation("POST", path, scores.rerank, order, body=RerankRequest, answer=RerankAnswer)
+            for path in ("/v1/rerank", "/rerank")
+        ),
+        *(
+            Operation("POST", path, scores.score, "Score pairs of texts", body=ScoreRequest, answer=ScoreAnswer)
+            for path in ("/v1/score", "/score")
+        ),
+    ]
+
+
+def _about_tokens(service: GenerationService, config: ApiSettings) -> list[Operation]:
+    tokens = TokensEndpoint(service, config)
     return [
         Operation(
             "POST",
@@ -133,14 +158,6 @@ def _about_tokens(service: GenerationService, models: Models, config: ApiSetting
             "What the model receives of a chat",
             body=ApplyTemplateRequest,
             answer=ApplyTemplateAnswer,
-        ),
-        Operation(
-            "POST",
-            "/v1/embeddings",
-            embeddings.create,
-            "Refused: no model can be loaded for it yet",
-            body=EmbeddingRequest,
-            answer=ErrorAnswer,
         ),
     ]
 

@@ -197,7 +197,7 @@ class GenerationEndpoint(Generic[B]):
     async def _prepared(self, asked: _Asked[B]) -> AsyncIterator[tuple[GenerationRequest, Renderer[Any]]]:
         """The checked request and its renderer; the model stays loaded until the context ends."""
         dialect, wire = self._dialect, asked.wire
-        async with self._service.use(wire.model, asked.ttl_seconds) as model_id:
+        async with self._service.use(wire.model, asked.ttl_seconds, "generate") as model_id:
             with in_clients_words(wire.names()):
                 generation = await dialect.prepare(self._service, new_id(dialect.id_prefix), model_id, wire)
             yield generation, dialect.renderer(self._outline(generation, asked.include_usage))

@@ -12,7 +12,13 @@ from lmserve.api.sse import EventStream, event
 from lmserve.errors import InvalidRequest
 from lmserve.service.log_stream import LogStream, Subscription
 
-TYPES = ("llm.prediction.input", "llm.prediction.output", "server.log", "runtime.log")
+TYPES = (
+    "llm.prediction.input",
+    "llm.prediction.output",
+    "embedding.input",
+    "embedding.progress",
+    "embedding.output",
+) + ("server.log", "runtime.log")
 _FLAGS = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 

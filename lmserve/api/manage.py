@@ -7,7 +7,6 @@ import math
 import re
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Literal
 
 import msgspec
 from starlette.requests import Request
@@ -29,6 +28,7 @@ from lmserve.api.schema.manage import (
     Quantization,
     UnloadAnswer,
     UnloadRequest,
+    V1Type,
 )
 from lmserve.api.schema.numbers import integer
 from lmserve.api.settings import ApiSettings
@@ -239,8 +239,9 @@ def _config(entry: ModelEntry) -> InstanceConfig | None:
     )
 
 
-def _type(entry: ModelEntry) -> Literal["llm", "embedding"]:
-    return "embedding" if entry.facts is not None and entry.facts.type == "embeddings" else "llm"
+def _type(entry: ModelEntry) -> V1Type:
+    kind = "llm" if entry.facts is None else entry.facts.type
+    return "embedding" if kind == "embeddings" else "reranker" if kind == "reranker" else "llm"
 
 
 def _short(count: int | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from typing import Annotated, Any
@@ -24,9 +24,9 @@ EPILOG = """Examples:
   lmserve log stream --filter input
   lmserve log stream --stats --json | jq .stats.tokensPerSecond
   lmserve log stream --source server"""
-_PREDICTION = "llm.prediction."
+_OF_MODELS = ("llm.prediction.", "embedding.")
 _TEXTS = ("input", "output")
-_IN_PLACE = ("timestamp", "type", "modelIdentifier", "modelPath", "choices", "stats", *_TEXTS)
+_IN_PLACE = ("timestamp", "type", "modelIdentifier", "modelPath", "choices", "stats", "inputs", *_TEXTS)
 """What the layout has a place for; whatever else an event says gets a line of its own."""
 
 app = typer.Typer(help="Watch a running server.", rich_markup_mode=None)
@@ -95,13 +95,19 @@ def event_types(source: Source, filter_: str | None) -> tuple[str, ...]:
             raise WrongFilter("--filter can only be used with --source model")
         return (f"{source.value}.log",)
     if filter_ is None:
-        return tuple(_PREDICTION + direction for direction in _TEXTS)
+        return _types(_TEXTS)
     if not filter_.strip():
         raise WrongFilter("--filter cannot be empty")
     directions = tuple(part.strip() for part in filter_.split(","))
     if any(direction not in _TEXTS for direction in directions):
         raise WrongFilter("--filter values must be 'input', 'output', or 'input,output'")
-    return tuple(_PREDICTION + direction for direction in directions)
+    return _types(directions)
+
+
+def _types(directions: Sequence[str]) -> tuple[str, ...]:
+    """How far a long request for embeddings is belongs to what comes out."""
+    progress = ("embedding.progress",) if "output" in directions else ()
+    return tuple(kind + direction for kind in _OF_MODELS for direction in directions) + progress
 
 
 def _print_event(event: Mapping[str, Any], *, as_json: bool, stats: bool) -> None:
@@ -116,7 +122,7 @@ def format_event(event: Mapping[str, Any], *, stats: bool = False) -> Iterator[s
     if kind == "runtime.log":
         yield _runtime_line(event)
         return
-    if not kind.startswith(_PREDICTION):
+    if not kind.startswith(_OF_MODELS):
         yield str(event.get("content", event.get("message", "")))
         return
     time = datetime.fromtimestamp(event["timestamp"] / 1000).strftime("%Y-%m-%d %H:%M:%S")
@@ -137,6 +143,9 @@ def _text_lines(event: Mapping[str, Any]) -> Iterator[str]:
             yield f"output {choice['index']}:\n{choice['output']}"
         return
     yield from (f"{name}:\n{event[name]}" for name in _TEXTS if name in event)
+    inputs = event.get("inputs") or ()
+    for index, text in enumerate(inputs):
+        yield f"input {index}:\n{text}" if len(inputs) > 1 else f"input:\n{text}"
 
 
 def _stats_lines(event: Mapping[str, Any]) -> Iterator[str]:

@@ -24,7 +24,7 @@ PS_EPILOG = """Examples:
   lmserve ps
   lmserve ps --json | jq '.[] | {id, status}'"""
 NONE_LOADED = "No models are currently loaded. To load one: lmserve load MODEL"
-_HEADINGS = (("llm", "LLM"), ("embedding", "EMBEDDING"))
+_HEADINGS = (("llm", "LLM"), ("embedding", "EMBEDDING"), ("reranker", "RERANKER"))
 _UNKNOWN = "-"
 
 
@@ -39,7 +39,8 @@ def ls(
     """List the models that the server knows, loaded or not."""
     with connect(url, api_key) as client:
         known = client.models()
-    types = {name for name, wanted in (("llm", llm), ("embedding", embedding)) if wanted} or {"llm", "embedding"}
+    wanted = {name for name, given in (("llm", llm), ("embedding", embedding)) if given}
+    types = wanted or {name for name, _ in _HEADINGS}
     models = [model for model in known if model.type in types and text.lower() in _searched(model)]
     if as_json:
         print_json(models)

@@ -161,7 +161,8 @@ def now_ms() -> int:
 
 
 def _num_characters(event: LogEvent) -> int:
-    return sum(len(value) for value in event.values() if isinstance(value, str))
+    texts = (value for value in event.values() if isinstance(value, str))
+    return sum(map(len, texts)) + sum(map(len, event.get("inputs", ())))
 
 
 def _without_token_ids(event: LogEvent) -> LogEvent:

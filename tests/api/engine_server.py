@@ -16,8 +16,10 @@ from benchmarks.api_stub import OneModel
 from lmserve.api.app import create_app
 from lmserve.config import ModelConfig
 from lmserve.engine.async_engine import AsyncEngine
+from lmserve.service.encoding import EncodingService
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
+from lmserve.service.texts import Texts
 from tests.api.running_server import PATIENCE, wait_until
 from tests.api.stub_engine import Settings
 from tests.engine.engine_thread import EngineThread
@@ -101,15 +103,17 @@ def engine_server(
             engine = AsyncEngine(reader, writer, runner.info, max_waiting=max_waiting, name="fake")
             config, log = settings or Settings(), LogStream()
             models = OneModel(ModelConfig(model="/models/fake", model_id="fake"), engine)
-            service = GenerationService(models, log, config, load_text=lambda _: made.smollm2())
-            app = create_app(service, models, log, config)
+            texts = Texts(lambda _: made.smollm2())
+            service = GenerationService(models, texts, log, config)
+            encoding = EncodingService(models, texts, log, config)
+            app = create_app(service, encoding, models, log, config)
             http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", http="httptools"))
             started.append((http, engine))
             reading = asyncio.create_task(engine.run())
             await http.serve([listening])
             engine.shut_down()
             await reading
-            service.close()
+            texts.close()
 
         serving = threading.Thread(target=lambda: asyncio.run(serve()))
         serving.start()

@@ -22,8 +22,10 @@ from lmserve.api.manage import ManageEndpoint
 from lmserve.config import Config
 from lmserve.models.downloads import Downloads, Job
 from lmserve.models.manager import ModelManager
+from lmserve.service.encoding import EncodingService
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
+from lmserve.service.texts import Texts
 from tests.api.stub_engine import Script, Settings, StubEngine, StubEntry, StubModels, runner_info
 from tests.service import tokenizers_for_tests as made
 
@@ -113,13 +115,15 @@ def running_server(
     entry, log = StubEntry(StubEngine(runner_info(), says("Hello there!"))), LogStream()
     models = StubModels(entry)
     config = settings or Settings()
-    service = GenerationService(models, log, config, load_text=lambda _: made.smollm2())
+    texts = Texts(lambda _: made.smollm2())
+    service = GenerationService(models, texts, log, config)
+    encoding = EncodingService(models, texts, log, config)
     made.smollm2()
     completed: list[Job] = []
     downloads = Downloads(completed.append, environ)
     manager = ModelManager(Config(aliases=aliases))
     more = [*ManageEndpoint(manager, config).operations(), *DownloadsEndpoint(downloads, config).operations()]
-    app = create_app(service, models, log, config, more)
+    app = create_app(service, encoding, models, log, config, more)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", http="httptools"))
 
     async def serve(listening: socket.socket) -> None:
@@ -137,7 +141,7 @@ def running_server(
         finally:
             server.should_exit = True
             thread.join(PATIENCE)
-            service.close()
+            texts.close()
     assert not thread.is_alive()
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lmserve.config import ModelConfig
-from lmserve.engine.messages import AddRequest
+from lmserve.engine.messages import AddRequest, Encode
 from lmserve.errors import LMServeError, ModelNotFound, NotReady
 from lmserve.models.facts import ModelFacts
-from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
-from lmserve.runtime.interface import RunnerInfo
+from lmserve.outputs import EncoderOutput, FinishReason, RequestOutput, TokenLogprobs
+from lmserve.runtime.interface import RunnerInfo, Task
 
 Script = Callable[[AddRequest, int], Sequence[int]]
 """Request and choice -> the tokens that the model would sample, without end."""
 
 
-def runner_info(*, vocab_size: int = 49152, max_model_len: int = 512, num_blocks: int = 64) -> RunnerInfo:
+def runner_info(
+    *, vocab_size: int = 49152, max_model_len: int = 512, num_blocks: int = 64, row_size: int = 1
+) -> RunnerInfo:
     return RunnerInfo(
         architecture="Stub",
         device="cpu",
@@ -34,6 +37,7 @@ def runner_info(*, vocab_size: int = 49152, max_model_len: int = 512, num_blocks
         kv_cache_bytes=0,
         max_num_seqs=8,
         max_num_batched_tokens=256,
+        row_size=row_size,
         fingerprint="fp_stub",
     )
 
@@ -59,6 +63,9 @@ class StubEngine:
         self.num_cached_tokens = 0
         self.prompt_tokens_per_step = 4
         self.requests: list[AddRequest] = []
+        self.encoded: list[Encode] = []
+        self.row: float | None = None
+        """In place of each number of a row."""
         self.closed: list[str] = []
         self.cancelled: list[tuple[str, int | None]] = []
         self.num_steps = 0
@@ -85,6 +92,27 @@ class StubEngine:
                 step += 1
         finally:
             if scripts:
+                self.closed.append(request.request_id)
+
+    async def encode(self, request: Encode) -> AsyncGenerator[EncoderOutput, None]:
+        """One input a step, the last one first; its row counts on from its number of tokens."""
+        self.encoded.append(request)
+        left = len(request.inputs)
+        try:
+            while left:
+                await asyncio.sleep(self.pause)
+                if isinstance(self.error, LMServeError):
+                    raise self.error
+                if self.error is not None:
+                    left = 0
+                    yield EncoderOutput(request.request_id, error=self.error)
+                    return
+                left -= 1
+                count = len(request.inputs[left].token_ids)
+                numbers = [self.row or count + i for i in range(self.info.row_size)]
+                yield EncoderOutput(request.request_id, (left,), struct.pack(f"<{len(numbers)}f", *numbers))
+        finally:
+            if left:
                 self.closed.append(request.request_id)
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
@@ -184,13 +212,18 @@ class StubModels:
         """Why no model can be had, after the pause."""
         self.used: list[tuple[str | None, float | None]] = []
         """What was asked for by name, and the idle time that was asked for with it."""
+        self.tasks: list[Task | None] = []
+        """And what it was to be done."""
 
     def entries(self) -> list[StubEntry]:
         return [self.entry]
 
     @contextlib.asynccontextmanager
-    async def use(self, name: str | None, ttl_seconds: float | None = None) -> AsyncIterator[StubEntry]:
+    async def use(
+        self, name: str | None, ttl_seconds: float | None = None, task: Task | None = None
+    ) -> AsyncIterator[StubEntry]:
         self.used.append((name, ttl_seconds))
+        self.tasks.append(task)
         await asyncio.sleep(self.pause)
         if self.error is not None:
             raise self.error
@@ -199,7 +232,7 @@ class StubModels:
     async def refresh(self) -> None:
         pass
 
-    def resolve(self, name: str | None) -> StubEntry:
+    def resolve(self, name: str | None, task: Task | None = None) -> StubEntry:
         if name in (None, "stub", self.entry.model_id):
             return self.entry
         raise ModelNotFound(f"Model {name!r} is not loaded. Your models: {self.entry.model_id}.", "model")
@@ -220,6 +253,7 @@ class Settings:
     max_n: int = 128
     max_choices: int = 2048
     max_stop: int = 16
+    max_inputs: int = 2048
     max_prompt_tokens: int = 0
     first_token_seconds: float = 20.0
     keep_alive_seconds: float = 10.0

@@ -28,7 +28,7 @@ MANAGED = ["/api/v1/models", "/api/v1/models/load", "/api/v1/models/unload"]
 DOWNLOAD = "/api/v1/models/download"
 OF_A_DOWNLOAD = [f"{DOWNLOAD}/status/{{job_id}}", f"{DOWNLOAD}/cancel/{{job_id}}"]
 WITHOUT_BODY += ["/health", "/version", "/api/v1/models", *OF_A_DOWNLOAD]
-NEVER_ANSWERED = ["/v1/embeddings", "/v1/models/{model_id}", "/api/v0/models/{model_id}", DOWNLOAD, *OF_A_DOWNLOAD]
+NEVER_ANSWERED = ["/v1/models/{model_id}", "/api/v0/models/{model_id}", DOWNLOAD, *OF_A_DOWNLOAD]
 NEVER_ANSWERED += MANAGED[1:]
 EXAMPLES = {"/tokenize": 240}
 """Where 60 may miss every valid request: it wants exactly one of three fields that may all be left out."""
@@ -38,6 +38,11 @@ PATHS = [
     "/api/v0/chat/completions",
     "/api/v0/completions",
     "/v1/embeddings",
+    "/api/v0/embeddings",
+    "/v1/rerank",
+    "/rerank",
+    "/v1/score",
+    "/score",
     "/v1/models",
     "/v1/models/{model_id}",
     "/api/v0/models",

@@ -83,11 +83,3 @@ def test_malformed(server: RunningServer, path: str, body: dict[str, Any], param
 def test_an_unknown_model_and_an_unknown_key(server: RunningServer) -> None:
     assert server.post("/tokenize", {"prompt": "x", "model": "nobody"}).status_code == 404
     assert server.post("/tokenize", {"prompt": "x", "color": 1}).headers["x-lmserve-ignored"] == "color"
-
-
-def test_no_embeddings_from_a_language_model(server: RunningServer) -> None:
-    response = server.post("/v1/embeddings", {"input": ["x"], "model": "stub"})
-    error = error_of(response)
-    assert (response.status_code, error["param"]) == (400, "model")
-    assert "no embeddings" in error["message"]
-    assert server.post("/v1/embeddings", {"input": 3}).status_code == 400

@@ -220,15 +220,48 @@ def test_a_stream_that_breaks_is_a_failure() -> None:
 @pytest.mark.parametrize(
     ("source", "text", "types"),
     [
-        (Source.MODEL, None, ("llm.prediction.input", "llm.prediction.output")),
-        (Source.MODEL, "input", ("llm.prediction.input",)),
-        (Source.MODEL, "output, input", ("llm.prediction.output", "llm.prediction.input")),
+        (
+            Source.MODEL,
+            None,
+            ("llm.prediction.input", "llm.prediction.output", "embedding.input", "embedding.output")
+            + ("embedding.progress",),
+        ),
+        (Source.MODEL, "input", ("llm.prediction.input", "embedding.input")),
+        (
+            Source.MODEL,
+            "output, input",
+            ("llm.prediction.output", "llm.prediction.input", "embedding.output", "embedding.input")
+            + ("embedding.progress",),
+        ),
         (Source.SERVER, None, ("server.log",)),
         (Source.RUNTIME, None, ("runtime.log",)),
     ],
 )
 def test_filters(source: Source, text: str | None, types: tuple[str, ...]) -> None:
     assert event_types(source, text) == types
+
+
+def test_embeddings_for_people() -> None:
+    event = {"timestamp": 0, "type": "embedding.input", "modelIdentifier": "m", "request_id": "r", "inputsCount": 2}
+    lines = [*format_event({**event, "inputs": ["one", "two\nlines"]})]
+    assert lines[1:-1] == [
+        "type: embedding.input",
+        "modelIdentifier: m",
+        "request_id: r",
+        "inputsCount: 2",
+        "input 0:\none",
+        "input 1:\ntwo\nlines",
+    ]
+    assert [*format_event({**event, "inputs": ["one"]})][-2] == "input:\none"
+    out = [*format_event({**event, "type": "embedding.output", "seconds": 0.5, "status": "finished"})]
+    assert out[1:-1] == [
+        "type: embedding.output",
+        "modelIdentifier: m",
+        "request_id: r",
+        "inputsCount: 2",
+        "seconds: 0.5",
+        "status: finished",
+    ]
 
 
 @pytest.mark.parametrize("text", ["in", "input,", "input output", ","])

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from tests.e2e.conftest import STARTER
@@ -64,12 +63,18 @@ def test_python_a_chat(page_server: Server) -> None:
     assert message.content
 
 
-def test_python_embeddings_are_refused_by_a_language_model(page_server: Server) -> None:
-    """Until an embedding model can be loaded: a clear error, at once."""
+def test_python_embeddings(page_server: Server) -> None:
+    """The starter for embeddings is known and comes when it is asked for, under whatever name."""
     client = page_server.client(api_key="lm-studio")
-    text = "Once upon a time,\nthere was a cat.".replace("\n", " ")
-    with pytest.raises(openai.BadRequestError, match="makes no embeddings"):
-        client.embeddings.create(input=[text], model="model-identifier")
+
+    def get_embedding(text: str, model: str = "model-identifier") -> list[float]:
+        text = text.replace("\n", " ")
+        return client.embeddings.create(input=[text], model=model).data[0].embedding
+
+    vector = get_embedding("Once upon a time, there was a cat.")
+    assert len(vector) == 384
+    assert vector == get_embedding("Once upon a time,\nthere was a cat.")
+    test_python_a_chat(page_server)  # the language model still answers to any name
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,14 @@ def test_errors(seen: Any) -> None:
     assert seen["range"] == {**invalid, "code": None, "param": "temperature"}
     assert seen["embeddings"] == {**invalid, "code": None, "param": "model"}
     assert (seen["missing"]["kind"], seen["missing"]["code"]) == ("NotFoundError", "model_not_found")
+
+
+def test_embeddings(seen: Any) -> None:
+    """By default the client asks for base64 and makes numbers of it; asked for by name it is given as it comes."""
+    floats, default, raw = (seen["vectors"][name] for name in ("float", "default", "base64"))
+    for each, same, text in zip(floats, default, raw, strict=True):
+        assert same["embedding"] == each["embedding"]
+        assert list(struct.unpack("<384f", base64.b64decode(text["embedding"]))) == each["embedding"]
 
 
 def test_a_stream_that_is_left(seen: Any) -> None:

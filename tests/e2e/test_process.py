@@ -169,12 +169,13 @@ def test_health_says_why_not_while_loading(tmp_path: Path, tiny_folder: Path) ->
 
 
 class LogListener:
-    """Collects the log stream's events in a thread, to the first output."""
+    """Collects the log stream's events in a thread, to the first output, or to one with so many inputs."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, last: str = "llm.prediction.output", num_inputs: int | None = None) -> None:
         self.events: list[dict[str, Any]] = []
         self.has_input = threading.Event()
         self._url = url
+        self._last = (last, num_inputs)
         self._connected = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -192,7 +193,7 @@ class LogListener:
                 if line.startswith("data:"):
                     self.events.append(json.loads(line[5:]))
                     self.has_input.set()
-                    if self.events[-1]["type"] == "llm.prediction.output":
+                    if (self.events[-1]["type"], self.events[-1].get("inputsCount")) == self._last:
                         return
 
 

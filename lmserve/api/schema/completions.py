@@ -25,6 +25,25 @@ PROMPT = {
 """The four shapes of a prompt, in JSON Schema."""
 
 
+def one_or_many(value: str | list[str | int | list[int]], param: str) -> list[str | list[int]]:
+    """The texts or token sequences in any of the four shapes.
+
+    Raises:
+        InvalidRequest: it mixes kinds, or is empty.
+    """
+    if isinstance(value, str):
+        return [value]
+    if not value:
+        raise InvalidRequest(f"{param} must not be an empty array.", param)
+    kind, *others = set(map(type, value))
+    if others:
+        i = next(i for i, item in enumerate(value) if type(item) is not type(value[0]))
+        raise InvalidRequest(f"{param} must hold strings, token ids or arrays of token ids only.", f"{param}[{i}]")
+    if kind is int:
+        return [cast(list[int], value)]
+    return cast(list[str | list[int]], value)
+
+
 class CompletionRequest(SamplingFields, kw_only=True):
     """The body."""
 
@@ -63,18 +82,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
         Raises:
             InvalidRequest: the prompt mixes kinds, or is empty.
         """
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not prompt:
-            raise InvalidRequest("prompt must not be an empty array.", "prompt")
-        kind, *others = set(map(type, prompt))
-        if others:
-            i = next(i for i, item in enumerate(prompt) if type(item) is not type(prompt[0]))
-            raise InvalidRequest("prompt must hold strings, token ids or arrays of token ids only.", f"prompt[{i}]")
-        if kind is int:
-            return [cast(list[int], prompt)]
-        return cast(list[str | list[int]], prompt)
+        return one_or_many(self.prompt, "prompt")
 
     def num_logprobs(self) -> int | None:
         """How many likeliest tokens to report at each position; None: no log-probabilities.

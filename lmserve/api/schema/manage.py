@@ -9,6 +9,7 @@ import msgspec
 from lmserve.api.schema.fields import honoured, ignored, refused
 from lmserve.api.schema.numbers import Int
 
+V1Type = Literal["llm", "embedding", "reranker"]
 _ONE_TO_MANY = {"type": ["integer", "null"], "minimum": 1}
 
 
@@ -68,7 +69,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
 class ManagedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model that the server knows, and its instances. ``path`` and ``source`` are ours."""
 
-    type: Literal["llm", "embedding"]
+    type: V1Type
     publisher: str
     key: str
     display_name: str
@@ -149,7 +150,7 @@ class MemoryEstimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    type: Literal["llm", "embedding"]
+    type: V1Type
     instance_id: str
     load_time_seconds: float
     status: Literal["loaded"]

@@ -14,7 +14,7 @@ class ModelItem(msgspec.Struct, frozen=True):
     object: Literal["model"]
     created: int
     owned_by: str
-    type: Literal["llm", "vlm", "embeddings"]
+    type: Literal["llm", "vlm", "embeddings", "reranker"]
     state: str
     max_context_length: int | None
     loaded_context_length: int | None
@@ -31,7 +31,7 @@ class ModelDetails(msgspec.Struct, frozen=True):
 
     id: str
     object: Literal["model"]
-    type: Literal["llm", "vlm", "embeddings"]
+    type: Literal["llm", "vlm", "embeddings", "reranker"]
     publisher: str
     arch: str | None
     compatibility_type: Literal["safetensors", "gguf"]

@@ -12,6 +12,7 @@ from lmserve.api.schema.embeddings import EmbeddingRequest
 from lmserve.api.schema.fields import Field, Treatment, table
 from lmserve.api.schema.manage import DownloadRequest, LoadRequest, UnloadRequest
 from lmserve.api.schema.sampling import SamplingFields
+from lmserve.api.schema.scores import RerankRequest, ScoreRequest
 from lmserve.api.schema.tokens import ApplyTemplateRequest, DetokenizeRequest, TokenizeRequest
 
 _INTRODUCTION = """\
@@ -28,7 +29,9 @@ _SECTIONS: tuple[tuple[str, type[msgspec.Struct], type[msgspec.Struct] | None], 
     ("Chat and completions", SamplingFields, None),
     ("Chat only: POST /v1/chat/completions, /api/v0/chat/completions", ChatCompletionRequest, SamplingFields),
     ("Completions only: POST /v1/completions, /api/v0/completions", CompletionRequest, SamplingFields),
-    ("POST /v1/embeddings (no model can be loaded for it yet)", EmbeddingRequest, None),
+    ("POST /v1/embeddings, /api/v0/embeddings", EmbeddingRequest, None),
+    ("POST /v1/rerank, /rerank", RerankRequest, None),
+    ("POST /v1/score, /score", ScoreRequest, None),
     ("POST /tokenize", TokenizeRequest, None),
     ("POST /detokenize", DetokenizeRequest, None),
     ("POST /apply-template", ApplyTemplateRequest, None),

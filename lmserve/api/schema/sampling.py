@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
-import msgspec
-
 from lmserve.api.schema.fields import honoured, ignored, refused
-from lmserve.api.schema.numbers import DURATION_PATTERN, Int, integer, keep_alive_seconds
+from lmserve.api.schema.lifetime import ModelLifetime, same
+from lmserve.api.schema.numbers import Int, integer
 from lmserve.errors import InvalidRequest
 from lmserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, at_most
 from lmserve.service.request import GenerationOptions
@@ -21,7 +19,7 @@ FROM_MINUS_ONE = {"type": ["integer", "null"], "minimum": -1}
 _NO_STRUCTURE = "structured output is not offered yet"
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
+class SamplingFields(ModelLifetime, kw_only=True):
     """What chat and completions have in common. null is the same as absent, for every one."""
 
     model: Annotated[str | None, MODEL] = None
@@ -133,23 +131,6 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     draft_model: Annotated[Any, ignored("string", "speculative decoding changes no answer; it is not offered yet")] = (
         None
     )
-    ttl: Annotated[
-        float | None,
-        honoured(
-            "seconds of idleness after which a model that requests load is unloaded; one that a person loaded stays",
-            default="see --ttl-seconds",
-            allowed="above 0",
-        ),
-    ] = None
-    keep_alive: Annotated[
-        str | float | None,
-        honoured(
-            "another name of ttl, as Ollama writes it",
-            kind="number or string",
-            allowed="seconds or 300ms, 5m, 1h30m; 0: unload at once; below 0: never",
-            schema={"anyOf": [{"type": ["number", "null"]}, {"type": "string", "pattern": DURATION_PATTERN}]},
-        ),
-    ] = None
     images: Annotated[Any, refused("array of strings", "images are not offered yet", [])] = None
     guided_json: Annotated[Any, refused("object", _NO_STRUCTURE)] = None
     guided_regex: Annotated[Any, refused("string", _NO_STRUCTURE)] = None
@@ -183,17 +164,6 @@ class SamplingFields(msgspec.Struct, kw_only=True):
             f"stream_options.{key}" for key, value in options.items() if key != "include_usage" and value is not None
         ]
 
-    def ttl_seconds(self) -> float | None:
-        """The idle time that the model has afterwards; infinity for ever, None where nothing is asked for.
-
-        Raises:
-            InvalidRequest: it is out of range, or asked for in two ways.
-        """
-        if self.ttl is not None and not 0 < self.ttl < math.inf:
-            raise InvalidRequest(f"ttl must be above 0, got {self.ttl}.", "ttl")
-        kept = None if self.keep_alive is None else keep_alive_seconds(self.keep_alive)
-        return _same("ttl", self.ttl, "keep_alive", kept)
-
     def names(self) -> dict[str, str]:
         """Our name of a parameter -> the client's, where it wrote another."""
         names = {}
@@ -209,7 +179,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         Raises:
             InvalidRequest: an integer that is none, or two names of one parameter with different values.
         """
-        penalty = _same("repeat_penalty", self.repeat_penalty, "repetition_penalty", self.repetition_penalty)
+        penalty = same("repeat_penalty", self.repeat_penalty, "repetition_penalty", self.repetition_penalty)
         return GenerationOptions(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -234,14 +204,8 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     def _max_tokens(self) -> int | None:
         max_tokens = integer(self.max_tokens, "max_tokens")
         max_completion_tokens = integer(self.max_completion_tokens, "max_completion_tokens")
-        asked = _same("max_tokens", max_tokens, "max_completion_tokens", max_completion_tokens)
+        asked = same("max_tokens", max_tokens, "max_completion_tokens", max_completion_tokens)
         return None if asked is None else int(asked)
-
-
-def _same(name: str, value: float | None, alias: str, alias_value: float | None) -> float | None:
-    if value is not None and alias_value is not None and value != alias_value:
-        raise InvalidRequest(f"{name} and {alias} are the same parameter and were given different values.", alias)
-    return alias_value if value is None else value
 
 
 def _logit_bias(biases: dict[str, Any]) -> dict[int, float]:

@@ -44,6 +44,10 @@ seen.overflow = await failed(() => client.chat.completions.create({ ...greedy, m
 seen.range = await failed(() => client.chat.completions.create({ ...greedy, temperature: 9 }));
 seen.missing = await failed(() => client.models.retrieve("nobody"));
 seen.embeddings = await failed(() => client.embeddings.create({ model: seen.models[0], input: "x" }));
+const vectors = {};
+for (const encoding_format of [undefined, "float", "base64"])
+  vectors[encoding_format ?? "default"] = (await client.embeddings.create({ model: "all-minilm-l6-v2", input: ["a cat", "a dog"], encoding_format })).data;
+seen.vectors = vectors;
 
 // A stream that its reader leaves.
 const left = await client.chat.completions.create({ ...greedy, max_tokens: 1000, stream: true });
