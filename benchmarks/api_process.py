@@ -39,8 +39,10 @@ from benchmarks.api_stub import OneModel, run_worker, stub_info
 from lmserve.api.app import create_app
 from lmserve.config import Config, ModelConfig
 from lmserve.engine.async_engine import AsyncEngine
+from lmserve.service.encoding import EncodingService
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
+from lmserve.service.texts import Texts
 
 AIM = 5000
 """Tokens a second that one core has to carry."""
@@ -74,10 +76,12 @@ def run_api(folder: str, streams: int, loop: str, sock: socket.socket, listening
         config = ModelConfig(model=folder, model_id="bench")
         engine = AsyncEngine(reader, writer, stub_info(streams), max_waiting=10**6, name="bench")
         models, log = OneModel(config, engine), LogStream()
-        service = GenerationService(models, log, Config())
-        await service.load_texts(models.entries())
+        texts = Texts()
+        service = GenerationService(models, texts, log, Config())
+        encoding = EncodingService(models, texts, log, Config())
+        await texts.load(models.entries())
         reading = asyncio.create_task(engine.run())
-        await _http(create_app(service, models, log, Config())).serve([listening])
+        await _http(create_app(service, encoding, models, log, Config())).serve([listening])
         reading.cancel()
 
     (asyncio if loop == "asyncio" else uvloop).run(serve())

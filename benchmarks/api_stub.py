@@ -14,7 +14,7 @@ from lmserve.engine.connection import ConnectionClosed, WorkerConnection
 from lmserve.engine.messages import AddRequest, Cancel, EngineStats, StepOutputs
 from lmserve.models.facts import ModelFacts
 from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
-from lmserve.runtime.interface import RunnerInfo
+from lmserve.runtime.interface import RunnerInfo, Task
 
 WORDS = range(1000, 9000)
 """Token ids that a tokenizer has as pieces of plain text, near enough."""
@@ -49,11 +49,13 @@ class OneModel:
     def entries(self) -> list[OneModel]:
         return [self]
 
-    def resolve(self, name: str | None) -> OneModel:
+    def resolve(self, name: str | None, task: Task | None = None) -> OneModel:
         return self
 
     @contextlib.asynccontextmanager
-    async def use(self, name: str | None, ttl_seconds: float | None = None) -> AsyncIterator[OneModel]:
+    async def use(
+        self, name: str | None, ttl_seconds: float | None = None, task: Task | None = None
+    ) -> AsyncIterator[OneModel]:
         yield self
 
     async def refresh(self) -> None:

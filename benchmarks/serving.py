@@ -49,14 +49,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="benchmarks.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=_folder, help="a local model folder")
+    parser.add_argument("model", type=model_folder, help="a local model folder")
     parser.add_argument("--streams", type=_stream_list, default=(1, 8, 32), help="numbers of streams, as 1,8,32")
-    parser.add_argument("--prompt-tokens", type=_positive, default=128)
-    parser.add_argument("--new-tokens", type=_positive, default=128)
-    parser.add_argument("--rounds", type=_positive, default=2, help="requests that each stream sends")
+    parser.add_argument("--prompt-tokens", type=positive, default=128)
+    parser.add_argument("--new-tokens", type=positive, default=128)
+    parser.add_argument("--rounds", type=positive, default=2, help="requests that each stream sends")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--threads", type=_positive, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     parser.add_argument(
         "--quick", action="store_true", help="one round of 32 new tokens: does it run, roughly how fast"
     )
@@ -179,14 +179,14 @@ def _say_figures(figures: Figures) -> Figures:
     return figures
 
 
-def _folder(value: str) -> Path:
+def model_folder(value: str) -> Path:
     path = Path(value)
     if not (path / "config.json").is_file():
         raise argparse.ArgumentTypeError(f"{value} is not a model folder: it has no config.json")
     return path.resolve()
 
 
-def _positive(value: str) -> int:
+def positive(value: str) -> int:
     number = int(value)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
@@ -194,7 +194,7 @@ def _positive(value: str) -> int:
 
 
 def _stream_list(value: str) -> tuple[int, ...]:
-    return tuple(sorted({_positive(part) for part in value.split(",")}))
+    return tuple(sorted({positive(part) for part in value.split(",")}))
 
 
 if __name__ == "__main__":
