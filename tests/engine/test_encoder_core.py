@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 
+from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.encoder_core import EncoderCore
 from lmserve.engine.messages import Cancel, Encode, Pause
 from lmserve.outputs import EncoderOutput
 from lmserve.runtime.interface import EncoderInput, FatalRunnerError
-from tests.engine.fake_encoder import ROW_SIZE, FakeEncoder, row
+from tests.engine.fake_encoder import ROW_SIZE, VOCAB_SIZE, FakeEncoder, row
 
 ROW_BYTES = 4 * ROW_SIZE
 
@@ -79,6 +80,7 @@ def test_a_failed_step_costs_its_requests_alone() -> None:
     assert failed.request_id == "a"
     assert failed.error is not None
     assert rows_of(finish(core)).keys() == {"b"}
+    assert (core.stats.num_finished, core.stats.num_prompt_tokens) == (2, 30)
 
 
 def test_out_of_memory_half_of_it_is_tried() -> None:
@@ -136,6 +138,20 @@ def test_what_the_api_process_should_have_refused(inputs: list[EncoderInput], sa
     (refused,) = core.handle(Encode("a", inputs))
     assert says in (refused.error or "")
     assert not core.has_work
+
+
+def test_the_longest_input_and_the_highest_token_are_taken() -> None:
+    core = EncoderCore(FakeEncoder())
+    assert core.handle(Encode("a", [EncoderInput([VOCAB_SIZE - 1] * 64), EncoderInput([0])])) == []
+    assert rows_of(finish(core))["a"].keys() == {0, 1}
+
+
+def test_idle_a_request_that_was_lost_is_found() -> None:
+    core = EncoderCore(FakeEncoder())
+    core.handle(message("a", 1))
+    core._queue.pick(32)
+    with pytest.raises(IntegrityError, match="1 requests are alive"):
+        core.check_integrity()
 
 
 def test_an_id_that_runs_already() -> None:
