@@ -90,7 +90,7 @@ def test_what_fits_beside_the_others_costs_nobody_later() -> None:
         queue.add(name, inputs(*[length] * 1000))
     for _ in range(400):
         assert "c" in {name for name, _ in names(queue.pick(BUDGET))}
-    queue.add("d", inputs(*[33] * 1000))
+    queue.add("d", inputs(*[16] * 1000))  # beside which c does not fit any more
     picks = [{name for name, _ in names(queue.pick(BUDGET))} for _ in range(40)]
     assert "d" in set().union(*picks[:10]), "it does not wait until a and b have made up for 400 steps"
     for name in "abcd":
@@ -138,6 +138,18 @@ def test_what_is_put_back_goes_first() -> None:
     queue.put_back(first[1:])
     assert queue.num_waiting == before + len(first) - 1
     assert names(queue.pick(BUDGET))[: len(first) - 1] == names(first[1:])
+
+
+def test_what_is_put_back_was_not_given() -> None:
+    queue = EncoderQueue()
+    queue.add("a", inputs(30, 20, 10))
+    queue.add("b", inputs(4, 2))
+    given = {name: request.num_tokens_given for name, request in queue.live.items()}
+    picks = queue.pick(BUDGET)
+    queue.put_back(picks)
+    assert {name: request.num_tokens_given for name, request in queue.live.items()} == given
+    assert queue.num_waiting == 5
+    assert sorted(names(queue.pick(1000))) == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]
 
 
 @settings(max_examples=300, deadline=None)

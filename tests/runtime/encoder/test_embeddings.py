@@ -136,6 +136,18 @@ def test_an_instruction_that_does_not_count(tmp_path: Path, mode: Any) -> None:
         )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_instruction_that_leaves_no_room(tmp_path: Path, mode: Any) -> None:
+    """Cut to the longest input there is nothing of the text: the last special token is left to pool."""
+    instruction = "ask: " * 40
+    folder = save(tmp_path, "bert", Pooling(48, mode, include_prompt=False), prompts={"query": instruction})
+    expected = theirs(folder, ["a text"], prompt_name="query")
+    (each,) = encode_texts(folder, [instruction + "a text"])
+    cut = [*each.token_ids[: MAX_LENGTH - 1], each.token_ids[-1]]
+    got = vectors(load(folder), [EncoderInput(cut, [], len(instruction) + 1)])
+    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
 @pytest.mark.parametrize(
     "dense",
     [

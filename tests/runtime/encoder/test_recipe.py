@@ -58,7 +58,7 @@ def test_without_any_modules(tmp_path: Path) -> None:
     plain = folder(tmp_path / "a", {"architectures": ["BertModel"]}, tokenizer_config={"model_max_length": 77})
     assert read_recipe(plain, "embed") == Recipe("embed", "", 77, Pooling(("mean",)))
     causal = folder(
-        tmp_path / "b", {"architectures": ["LlamaForCausalLM"]}, tokenizer_config={"model_max_length": 1e30}
+        tmp_path / "b", {"architectures": ["LlamaForCausalLM"]}, tokenizer_config={"model_max_length": int(1e30)}
     )
     assert read_recipe(causal, "embed") == Recipe("embed", "", None, Pooling(("lasttoken",)))
     both = folder(tmp_path / "c", {"architectures": ["LlamaForCausalLM"], "is_causal": False})
