@@ -166,8 +166,8 @@ def test_completions_apply_no_template(starter_server: Server) -> None:
 
 def test_models(starter_server: Server) -> None:
     client = starter_server.client()
-    (model,) = (model for model in client.models.list().data if model.to_dict()["state"] == "loaded")
-    assert model.id == STARTER
+    (model,) = (model for model in client.models.list().data if model.id == STARTER)
+    assert model.to_dict()["state"] == "loaded"
     assert client.models.retrieve(STARTER) == model
     lengths = model.to_dict()
     assert (lengths["max_context_length"], lengths["loaded_context_length"]) == (8192, 2048)
