@@ -95,9 +95,9 @@ def layer_row_bytes(text_config: Any, dtype: torch.dtype) -> int:
     return (6 * hidden + 4 * inner) * dtype.itemsize
 
 
-def num_batched_tokens(config: ModelConfig, device: torch.device) -> int:
-    """Tokens that one step computes at most."""
-    return config.max_num_batched_tokens or (CPU_BATCHED_TOKENS if device.type == "cpu" else GPU_BATCHED_TOKENS)
+def num_batched_tokens(config: ModelConfig, device: torch.device, on_cpu: int = CPU_BATCHED_TOKENS) -> int:
+    """Tokens that one step computes at most. ``on_cpu``: where the configuration leaves it to the device."""
+    return config.max_num_batched_tokens or (on_cpu if device.type == "cpu" else GPU_BATCHED_TOKENS)
 
 
 def hollow_model(model_config: Any, auto_class: Any, trust_remote_code: bool) -> PreTrainedModel:

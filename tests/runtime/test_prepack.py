@@ -53,6 +53,15 @@ def test_other_formats_are_left_alone() -> None:
     assert not any(isinstance(module, PrepackedLinear) for module in model.modules())
 
 
+def test_float32_is_prepacked_for_those_who_ask_for_it() -> None:
+    model = build_tiny("llama")
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        before = model(input_ids=ids, use_cache=False).logits
+        assert prepack(model, CPU, torch.float32, (torch.float32,)) == 4 * 7 + 1
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before, rtol=0, atol=1e-5)
+
+
 def test_leaving_the_files_copies_every_weight_once() -> None:
     """Tied ones stay one."""
     model = build_tiny("llama", tie_word_embeddings=True)

@@ -39,6 +39,12 @@ LONGEST_CHECK = 1024
 DEFAULT_LENGTH = 512
 """Of an input, where neither the files nor the model say."""
 
+CPU_BATCHED_TOKENS = 1024
+"""Tokens of a step on a CPU. A fifth faster than 512 there; 2,048 are no faster, and short texts wait longer."""
+PREPACKED = (torch.bfloat16, torch.float32)
+"""In float32 a text's vector may have other last bits in another step, within the bound that every vector is held to;
+the products are up to 1.4 times as fast."""
+
 AUTO_CLASSES: dict[Task, Any] = {"embed": AutoModel, "score": AutoModelForSequenceClassification}
 
 
@@ -88,7 +94,7 @@ def assemble_encoder(
             raise ModelLoadFailed(f"quantization int8 is there for the CPU, and the model goes to {model.device}")
         quantize(model)
     else:
-        prepack(model, model.device, dtype)
+        prepack(model, model.device, dtype, PREPACKED)
     if model.device.type == "cpu":
         leave_the_files(model)
     info = _describe(model, config, recipe, weights, lane)
@@ -182,7 +188,7 @@ def _describe(
         num_blocks=0,
         kv_cache_bytes=0,
         max_num_seqs=1,
-        max_num_batched_tokens=num_batched_tokens(config, model.device),
+        max_num_batched_tokens=num_batched_tokens(config, model.device, CPU_BATCHED_TOKENS),
         task=recipe.task,
         row_size=len(model.config.id2label or ()) if recipe.task == "score" else 0,
         fingerprint=fingerprint(config, model, model.dtype, backend + "int8" * int8),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lmserve.config import ModelConfig
-from lmserve.runtime.encoder.build import AUTO_CLASSES, context_length
+from lmserve.runtime.encoder.build import AUTO_CLASSES, CPU_BATCHED_TOKENS, context_length
 from lmserve.runtime.encoder.recipe import read_recipe
 from lmserve.runtime.interface import MemoryPlan, Task
 from lmserve.runtime.loader import choose_dtype, read_model_config
@@ -32,7 +32,7 @@ def plan_encoder(config: ModelConfig, task: Task, reserved_bytes: int = 0) -> Me
     device, dtype = source.device, choose_dtype(config.dtype, source.checkpoint_dtype, source.device)
     model = hollow_model(source.config, AUTO_CLASSES[task], config.trust_remote_code)
     length = context_length(model, config, recipe.max_seq_length)
-    num_tokens = max(length, num_batched_tokens(config, device))
+    num_tokens = max(length, num_batched_tokens(config, device, CPU_BATCHED_TOKENS))
     weights = loaded_weight_bytes(config, source, model, dtype)
     if config.quantization == "int8":
         weights -= _saved_bytes(model, dtype)
