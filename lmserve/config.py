@@ -58,7 +58,9 @@ class ModelConfig:
     attention_backend: str = _key("auto", "attention implementation", choices=("auto", "reference", "sdpa", "cpu"))
     max_model_len: int = _key(0, "tokens of prompt and output together; 0: what the model and the memory allow", low=0)
     max_num_seqs: int = _key(64, "sequences that run at once", low=1, high=4096)
-    max_num_batched_tokens: int = _key(0, "tokens that one step computes; 0: 512 on a CPU (encoders: 1024), 4096 elsewhere", low=0)
+    max_num_batched_tokens: int = _key(
+        0, "tokens that one step computes; 0: 512 on a CPU (encoders: 1024), 4096 elsewhere", low=0
+    )
     block_size: int = _key(16, "tokens in one KV block", low=1, high=1024)
     kv_cache_memory: int = _key(
         0,
