@@ -47,7 +47,7 @@ def linears_to_prepack(
     model: nn.Module, device: torch.device, dtype: torch.dtype, dtypes: Collection[torch.dtype] = SAME_BITS
 ) -> list[Place]:
     """The layers that ``prepack`` replaces: only plain ``nn.Linear``, for a subclass may mean something else."""
-    if device.type != "cpu" or dtype not in dtypes or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or dtype not in dtypes or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return []
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return []
