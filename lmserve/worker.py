@@ -75,6 +75,7 @@ def _scheduler_config(config: ModelConfig, runner: ModelRunner) -> SchedulerConf
         max_num_seqs=runner.info.max_num_seqs,
         max_num_batched_tokens=runner.info.max_num_batched_tokens,
         max_model_len=runner.info.max_model_len,
+        whole_images=runner.info.images == "whole",
         prefix_caching=config.prefix_caching,
     )
 

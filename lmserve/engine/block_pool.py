@@ -14,12 +14,12 @@ class IntegrityError(Exception):
     """The engine's books do not balance: a bug of ours, and nothing built on them can be trusted."""
 
 
-def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Name of a full block's contents: its tokens and, through the parent's hash, everything before them.
+def hash_block(parent: bytes, token_ids: Sequence[int], image_contents: bytes = b"") -> bytes:
+    """Name of a full block's contents: its tokens, its images and, through the parent's hash, everything before them.
 
     128 bits of BLAKE2b: nobody can make two prompts with one name, so none is ever served another's keys and values.
     """
-    return blake2b(parent + array("i", token_ids).tobytes(), digest_size=HASH_BYTES).digest()
+    return blake2b(parent + array("i", token_ids).tobytes() + image_contents, digest_size=HASH_BYTES).digest()
 
 
 class BlockPool:

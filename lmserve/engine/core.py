@@ -35,6 +35,7 @@ class EngineCore:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
+        self._num_encoded_images = 0
         self._num_cancelled = 0
         self._num_finished = 0
 
@@ -55,6 +56,7 @@ class EngineCore:
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self.scheduler.num_cached_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_encoded_images=self._num_encoded_images,
             num_preemptions=self.scheduler.num_preemptions,
             num_cancelled=self._num_cancelled,
             num_finished=self._num_finished,
@@ -133,7 +135,7 @@ class EngineCore:
             failed = scheduled.requests
             outputs = [self.scheduler.finish(request, FinishReason.ERROR, STEP_FAILED) for request in failed]
         else:
-            self._count(scheduled)
+            self._count(scheduled, computed)
             outputs = self.scheduler.update(scheduled, computed)
         self._take_note(outputs)
         return outputs
@@ -176,8 +178,9 @@ class EngineCore:
             raise RuntimeError(f"the runner scored {len(output.prompt_logprobs)} prompt tokens for {num_wanted}")
         return output
 
-    def _count(self, scheduled: SchedulerOutput) -> None:
+    def _count(self, scheduled: SchedulerOutput, computed: StepOutput) -> None:
         self._num_steps += 1
+        self._num_encoded_images += computed.num_encoded_images
         for request, chunk in zip(scheduled.requests, scheduled.step.chunks, strict=True):
             if chunk.num_tokens > 1 or chunk.start < request.num_prompt_tokens:
                 self._num_prompt_tokens += chunk.num_tokens
@@ -210,6 +213,8 @@ class EngineCore:
             return f"A token id is outside of the vocabulary, which has {vocab_size}."
         if len(prompt) + min(1, sampling.max_tokens) > self._max_tokens:
             return f"The prompt has {len(prompt)} tokens, and one request can have {self._max_tokens} with its output."
+        if message.images and self._runner.info.images == "none":
+            return "The model reads no images."
         return None
 
     def _make_request(self, message: AddRequest, choice: int, cache_root: bytes) -> Request:
@@ -221,6 +226,7 @@ class EngineCore:
             sampling=message.sampling,
             eos_token_ids=tuple(message.eos_token_ids),
             priority=message.priority,
+            images=tuple(message.images),
             arrival=self._num_arrivals,
             cache_root=cache_root,
         )

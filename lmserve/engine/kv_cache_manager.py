@@ -96,7 +96,8 @@ class KVCacheManager:
         hashes = request.block_hashes
         parent = hashes[-1] if hashes else request.cache_root
         for start in range(len(hashes) * self.block_size, request.num_tokens - self.block_size + 1, self.block_size):
-            parent = hash_block(parent, request.token_ids(start, start + self.block_size))
+            end = start + self.block_size
+            parent = hash_block(parent, request.token_ids(start, end), request.image_contents(start, end))
             hashes.append(parent)
 
     def check_integrity(self, running: Iterable[Request]) -> None:

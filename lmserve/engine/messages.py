@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import msgspec
 
 from lmserve.outputs import EncoderOutput, RequestOutput
-from lmserve.runtime.interface import EncoderInput, MemoryPlan, RunnerInfo
+from lmserve.runtime.interface import EncoderInput, MemoryPlan, PromptImage, RunnerInfo
 from lmserve.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_MESSAGE_BYTES = 64 * 2**20
 HEADER = struct.Struct(">I")
 
@@ -82,6 +82,8 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True):
     eos_token_ids: list[int] = []
     priority: int = 0
     """Lower runs earlier."""
+    images: list[PromptImage] = []
+    """Of the prompt, in its order. Their files stay until the request has ended."""
 
 
 class Encode(msgspec.Struct, tag=True, frozen=True):
@@ -130,6 +132,8 @@ class EngineStats:
     """Prompt tokens computed (recomputed ones included, cached ones not)."""
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
+    num_encoded_images: int = 0
+    """Images that went through the image encoder; those that were found encoded are not counted."""
     num_preemptions: int = 0
     num_cancelled: int = 0
     num_finished: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from lmserve.runtime.interface import PromptImage
 from lmserve.sampling_params import SamplingParams
 
 
@@ -32,6 +33,8 @@ class Request:
     """Lower runs earlier."""
     arrival: int
     """Counts up over all choices of all requests of one engine."""
+    images: tuple[PromptImage, ...] = ()
+    """Of the prompt, in its order."""
     cache_root: bytes = b""
     """Where the hash chain of its blocks begins: requests with different roots share no blocks."""
 
@@ -90,6 +93,21 @@ class Request:
     def unreported(self, start: int, end: int) -> range:
         """The positions in ``[start, end)`` whose next prompt token's log-probability is still to be reported."""
         return range(max(start, self.num_prompt_logprobs), min(end, self.num_prompt_logprobs_wanted))
+
+    def image_contents(self, start: int, end: int) -> bytes:
+        """What the tokens ``[start, end)`` do not tell: which images their placeholders stand for."""
+        within = (image for image in self.images if image.start < end and start < image.end)
+        return b"".join(f"{image.start} {image.content};".encode() for image in within)
+
+    def end_of_whole_images(self, start: int, end: int) -> int:
+        """The end of a chunk that is to be ``[start, end)`` and may not end inside an image.
+
+        The image is left out, or wholly taken in if there is nothing before it.
+        """
+        for image in self.images:
+            if image.start < end < image.end:
+                return image.start if start < image.start else image.end
+        return end
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """The tokens ``[start, end)`` of prompt and output together."""

@@ -48,6 +48,9 @@ class SchedulerConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    whole_images: bool = False
+    """A chunk may not end inside an image, whose tokens see each other. An image that is longer than what is left of
+    the budget is computed all the same."""
     prefix_caching: bool = True
     """Off, only the ``n`` choices of one request share blocks."""
     max_num_prompt_logprobs: int = MAX_PROMPT_LOGPROBS
@@ -91,6 +94,7 @@ class Scheduler:
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_num_prompt_logprobs = config.max_num_prompt_logprobs
+        self._whole_images = config.whole_images
         self._max_tokens = min(config.max_model_len, kv.max_tokens)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -118,10 +122,10 @@ class Scheduler:
             if request.slot is None:
                 self._take_slot(request)
                 new_sequences.append(_new_sequence(request))
-            chunk = _chunk(request, budget)
+            chunk = self._chunk(request, budget)
             (decodes if chunk.samples and chunk.num_tokens == 1 else prefills).append((request, chunk))
             budget.take(chunk)
-            if budget.num_tokens == 0:
+            if budget.num_tokens <= 0:
                 break
         return _scheduler_output(decodes + prefills, new_sequences)
 
@@ -187,6 +191,16 @@ class Scheduler:
         slots = [request.slot for request in self._running if request.slot is not None]
         if sorted(slots + self._free_slots) != list(range(self._max_num_seqs)):
             raise IntegrityError(f"slots {slots} are used and {self._free_slots} free, of {self._max_num_seqs}")
+
+    def _chunk(self, request: Request, budget: _Budget) -> ScheduledChunk:
+        assert request.slot is not None
+        start = request.num_computed_tokens
+        end = start + _num_tokens(request, budget)
+        if self._whole_images:
+            end = request.end_of_whole_images(start, end)
+        samples = end == request.num_tokens and request.sampling.max_tokens > 0
+        unreported = request.unreported(start, end)
+        return ScheduledChunk(request.slot, start, end - start, request.block_table, samples, unreported)
 
     def _candidates(self, budget: _Budget) -> Iterator[Request]:
         """Whom to serve in this step, best first. Lazy: nobody is preempted or admitted beyond the budget.
@@ -278,14 +292,6 @@ class Scheduler:
         self.kv.free(request)
 
 
-def _chunk(request: Request, budget: _Budget) -> ScheduledChunk:
-    assert request.slot is not None
-    start, num_tokens = request.num_computed_tokens, _num_tokens(request, budget)
-    end = start + num_tokens
-    samples = end == request.num_tokens and request.sampling.max_tokens > 0
-    return ScheduledChunk(request.slot, start, num_tokens, request.block_table, samples, request.unreported(start, end))
-
-
 def _num_tokens(request: Request, budget: _Budget) -> int:
     """How many tokens of a request the budget lets be computed: at least one.
 
@@ -309,6 +315,7 @@ def _new_sequence(request: Request) -> NewSequence:
         request.sampling,
         request.choice,
         request.eos_token_ids,
+        request.images,
     )
 
 

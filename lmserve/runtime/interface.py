@@ -16,6 +16,10 @@ from lmserve.sampling_params import SamplingParams
 Task = Literal["generate", "embed", "score"]
 """What a loaded model does: continue a text, make a vector of one, or say how well two of them belong together."""
 
+ImageReading = Literal["none", "causal", "whole"]
+"""Whether prompts may hold images, and what their tokens see. ``none``: they may not. ``causal``: what stands before,
+as text does, so that a step may end inside an image. ``whole``: each other, too, so that it may not."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerInfo:
@@ -43,6 +47,9 @@ class RunnerInfo:
     max_num_batched_tokens: int
     """Tokens that one step may compute."""
     task: Task = "generate"
+    images: ImageReading = "none"
+    no_images: str = ""
+    """Why a model that could read images may not, a sentence; empty if it is made for text only."""
     row_size: int = 0
     """Numbers that an encoder gives for one input: the embedding's size, or the number of labels. 0: it generates."""
     load_seconds: float = 0.0
@@ -82,6 +89,20 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptImage:
+    """One image of a prompt."""
+
+    start: int
+    """Where its first placeholder token stands."""
+    end: int
+    """Behind its last one; other tokens may stand between them."""
+    content: str
+    """Hash of its features: images with the same one are the same to the model."""
+    file: str
+    """Where its features are, as arrays by the names that the model's image encoder knows (safetensors)."""
+
+
+@dataclass(frozen=True, slots=True)
 class NewSequence:
     """A sequence that takes a slot: at its first step, and again after a preemption."""
 
@@ -93,6 +114,8 @@ class NewSequence:
     choice: int
     eos_token_ids: tuple[int, ...] = ()
     """Held back, like the stop tokens, until ``sampling.min_tokens`` are there."""
+    images: tuple[PromptImage, ...] = ()
+    """In the order of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +157,8 @@ class StepOutput:
     logprobs: list[TokenLogprobs | None]
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One entry for each position in the chunks' ``prompt_logprobs``, chunk after chunk."""
+    num_encoded_images: int = 0
+    """Images that went through the image encoder for this step."""
 
 
 @dataclass(frozen=True, slots=True)
