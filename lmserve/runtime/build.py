@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
+from lmserve.images.job import ProcessorError
+from lmserve.images.processor import ImageProcessor
 from lmserve.runtime.attention import backend_class
 from lmserve.runtime.attention.base import CacheLayout
 from lmserve.runtime.interface import RunnerInfo
 from lmserve.runtime.kv_cache import KVCache, block_bytes
-from lmserve.runtime.loader import fingerprint, load_model, native_context_length
+from lmserve.runtime.loader import fingerprint, load_model, native_context_length, reads_images
 from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
 from lmserve.runtime.memory_plan import activation_bytes, num_batched_tokens
 from lmserve.runtime.model_runner import PackedModelRunner
@@ -25,6 +27,7 @@ from lmserve.runtime.rope import pin_rope
 from lmserve.runtime.sampler import Sampler
 from lmserve.runtime.sampling_state import SamplingState
 from lmserve.runtime.self_check import check_packed_lane
+from lmserve.runtime.vision.check import ImageCheck, check_images
 
 READING_SHARE = 0.8
 """Of a load's time, in reading the weights: what the progress bar makes of it."""
@@ -101,9 +104,27 @@ def assemble_runner(
     if config.self_check:
         progress("comparing with the stock forward", 0.9)
         _check(lane, config, vocab_size, size.num_blocks * config.block_size, dtype)
-    info = _describe(model, config, weights, size, backend.name, size.num_blocks * bytes_per_block)
+    images = _check_images(lane, config, size, dtype, progress) if reads_images(model.config) else ImageCheck("none")
+    info = replace(
+        _describe(model, config, weights, size, backend.name, size.num_blocks * bytes_per_block),
+        images=images.reading,
+        no_images=images.reason,
+    )
     state = SamplingState(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size, device=model.device)
-    return PackedModelRunner(lane, Sampler(state), state, info)
+    return PackedModelRunner(lane, Sampler(state), state, info, images.reader)
+
+
+def _check_images(
+    lane: PackedLane, config: ModelConfig, size: CacheSize, dtype: torch.dtype, progress: Progress
+) -> ImageCheck:
+    progress("looking at two pictures", 0.95)
+    try:
+        processor = ImageProcessor.load(
+            config.model, trust_remote_code=config.trust_remote_code, revision=config.revision
+        )
+    except ProcessorError as error:
+        return ImageCheck("none", reason=str(error))
+    return check_images(lane, processor, config.block_size, size.num_blocks * config.block_size, dtype)
 
 
 def _describe(

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GgufConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import EmptyTqdm
@@ -80,17 +87,29 @@ def read_model_config(config: ModelConfig, subfolder: str = "") -> ModelSource:
     return ModelSource(model_config, device, getattr(model_config, "dtype", None), "gguf_file" in arguments)
 
 
+def reads_images(model_config: Any) -> bool:
+    """Whether the architecture has an image encoder beside its language model."""
+    known = model_config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return known and getattr(model_config, "vision_config", None) is not None
+
+
+def generating_class(model_config: Any) -> Any:
+    """Which of transformers' classes of an architecture answers chats."""
+    return AutoModelForImageTextToText if reads_images(model_config) else AutoModelForCausalLM
+
+
 def load_model(
     config: ModelConfig,
     progress: Callable[[float], None] = lambda fraction: None,
     *,
-    auto_class: Any = AutoModelForCausalLM,
+    auto_class: Any = None,
     subfolder: str = "",
     may_lack: Callable[[str], bool] = lambda name: True,
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """The model on its device, in evaluation mode. ``progress`` hears the share of the weights that has been read.
 
-    ``auto_class``: which of transformers' classes of the architecture is meant. ``subfolder``: where the files are.
+    ``auto_class``: which of transformers' classes of the architecture is meant; None: the one that answers chats.
+    ``subfolder``: where the files are.
     ``may_lack``: whether a weight, by its name, may stay as chance has made it where no file has it.
 
     Raises:
@@ -100,7 +119,7 @@ def load_model(
     known = read_model_config(config, subfolder)
     dtype = choose_dtype(config.dtype, known.checkpoint_dtype, known.device)
     with _explained(config), _watched(progress):
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = auto_class.from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = (auto_class or generating_class(known.config)).from_pretrained(
             source,
             dtype=dtype,
             device_map={"": known.device},

@@ -13,16 +13,24 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.interface import MemoryPlan
 from lmserve.runtime.kv_cache import LayerShape, block_bytes
-from lmserve.runtime.loader import ModelSource, choose_dtype, native_context_length, read_model_config
+from lmserve.runtime.loader import (
+    ModelSource,
+    choose_dtype,
+    generating_class,
+    native_context_length,
+    read_model_config,
+    reads_images,
+)
 from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
 from lmserve.runtime.prepack import linears_to_prepack
+from lmserve.runtime.vision.encoder import CACHE_BYTES
 
 CPU_BATCHED_TOKENS = 512
 GPU_BATCHED_TOKENS = 4096
@@ -31,6 +39,8 @@ FIRST_USE_BYTES = 48 * 2**20
 with the starter model, beyond what the terms below count."""
 SAMPLER_COPIES = 4
 """Matrices in float32 as large as the logits that one step of the sampler holds."""
+LARGE_IMAGE_PATCHES = 4096
+"""Of an image whose encoding is provided for."""
 LEAST_CONTEXT = 2048
 """A context that was not asked for may be cut to what fits, but not below this (or the model's own, if shorter)."""
 
@@ -43,7 +53,7 @@ def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
     """
     source = read_model_config(config)
     device, dtype = source.device, choose_dtype(config.dtype, source.checkpoint_dtype, source.device)
-    model = hollow_model(source.config, AutoModelForCausalLM, config.trust_remote_code)
+    model = hollow_model(source.config, generating_class(source.config), config.trust_remote_code)
     weights = loaded_weight_bytes(config, source, model, dtype)
     activations = activation_bytes(model, config, device, dtype)
     fixed = fixed_bytes(device)
@@ -82,9 +92,16 @@ def weight_bytes(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 def activation_bytes(model: nn.Module, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
     """The tensors of the largest step, and the sampler's."""
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]  # a transformers model
-    layers = num_batched_tokens(config, device) * layer_row_bytes(text, dtype)
+    layers = num_batched_tokens(config, device) * layer_row_bytes(text, dtype) + image_bytes(model.config, dtype)
     sampler = config.max_num_seqs * int(text.vocab_size) * (dtype.itemsize + SAMPLER_COPIES * 4)
     return layers + sampler + FIRST_USE_BYTES
+
+
+def image_bytes(model_config: Any, dtype: torch.dtype) -> int:
+    """What encoding a large image takes, and the images that are kept encoded. Not measured on a real model yet."""
+    if not reads_images(model_config):
+        return 0
+    return LARGE_IMAGE_PATCHES * layer_row_bytes(model_config.vision_config, dtype) + CACHE_BYTES
 
 
 def layer_row_bytes(text_config: Any, dtype: torch.dtype) -> int:

@@ -20,6 +20,7 @@ from lmserve.runtime.logprobs import RankedLogprobs, rank_logprobs
 from lmserve.runtime.packed_lane import PackedBatch, PackedLane
 from lmserve.runtime.sampler import SampledTokens, Sampler
 from lmserve.runtime.sampling_state import SamplingState
+from lmserve.runtime.vision.layout import ImageRows, PromptLayout, PromptReader
 
 MIN_ROWS = 4
 """From four rows on torch's CPU products give a row the same bits whatever their number; below, other kernels run."""
@@ -33,6 +34,7 @@ class _Step:
     sampled: SampledTokens
     scored: RankedLogprobs | None
     """Of the chunks' prompt tokens, in the order of ``_prompt_positions``; None if nobody asked."""
+    num_encoded_images: int
 
 
 class PackedModelRunner:
@@ -43,8 +45,18 @@ class PackedModelRunner:
     host.
     """
 
-    def __init__(self, lane: PackedLane, sampler: Sampler, state: SamplingState, info: RunnerInfo):
+    def __init__(
+        self,
+        lane: PackedLane,
+        sampler: Sampler,
+        state: SamplingState,
+        info: RunnerInfo,
+        images: PromptReader | None = None,
+    ):
         self._lane = lane
+        self._images = images
+        self._layouts: list[PromptLayout | None] = [None] * info.max_num_seqs
+        self._num_position_rows = 4 if images is not None and images.has_rotary_grid else 1
         self._sampler = sampler
         self._state = state
         self.info = info
@@ -61,12 +73,14 @@ class PackedModelRunner:
         assert self._in_flight is None, "one step at a time"
         for sequence in step.new_sequences:
             self._take_slot(sequence)
+        num_encoded = self._num_encoded_images
         try:
             logits = self._lane.forward(self._pack(step.chunks))
         except torch.AcceleratorError as error:
             raise FatalRunnerError(str(error)) from error
         sampled = self._sample(step.chunks, logits)
-        self._in_flight = _Step(step.chunks, sampled, self._score(step.chunks, logits))
+        scored = self._score(step.chunks, logits)
+        self._in_flight = _Step(step.chunks, sampled, scored, self._num_encoded_images - num_encoded)
 
     @torch.inference_mode()
     def collect(self) -> StepOutput:
@@ -74,11 +88,21 @@ class PackedModelRunner:
         assert self._in_flight is not None, "launch comes first"
         step, self._in_flight = self._in_flight, None
         logprobs = self._logprobs(step.chunks, step.sampled)
-        return StepOutput(step.sampled.token_ids.tolist(), logprobs, self._prompt_logprobs(step))
+        prompt_logprobs = self._prompt_logprobs(step)
+        return StepOutput(step.sampled.token_ids.tolist(), logprobs, prompt_logprobs, step.num_encoded_images)
+
+    @property
+    def _num_encoded_images(self) -> int:
+        return 0 if self._images is None else self._images.encoder.num_encoded
 
     def _take_slot(self, sequence: NewSequence) -> None:
         self._known_tokens[sequence.slot] = np.array(sequence.token_ids, dtype=np.int64)
         self._num_top_of_prompt[sequence.slot] = sequence.sampling.prompt_logprobs or 0
+        self._layouts[sequence.slot] = None
+        if sequence.images:
+            assert self._images is not None, "the engine has refused images"
+            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+            self._layouts[sequence.slot] = self._images.read(prompt, sequence.images)
         self._state.set_slot(
             sequence.slot,
             sequence.sampling,
@@ -93,10 +117,11 @@ class PackedModelRunner:
         block_size = self.info.block_size
         num_rows = max(MIN_ROWS, sum(chunk.num_tokens for chunk in chunks))
         ids = np.zeros(num_rows, np.int64)
-        positions = np.zeros(num_rows, np.int64)
+        positions = np.zeros((self._num_position_rows, num_rows), np.int64)
         slots = np.full(num_rows, self._scratch_slot, np.int64)
         spans, logits_rows, prompt_rows = [], [], []
         device_rows, device_slots = [], []
+        images = ImageRows()
         row = 0
         for chunk in chunks:
             end_row, end = row + chunk.num_tokens, chunk.start + chunk.num_tokens
@@ -107,14 +132,18 @@ class PackedModelRunner:
                 device_rows.append(row)
                 device_slots.append(chunk.slot)
             if chunk.num_tokens == 1:
-                positions[row] = chunk.start
+                positions[:, row] = chunk.start
                 slots[row] = chunk.block_table[chunk.start // block_size] * block_size + chunk.start % block_size
             else:
                 where = np.arange(chunk.start, end)
                 table = np.array(chunk.block_table[: -(-end // block_size)], np.int64)
-                positions[row:end_row] = where
+                positions[:, row:end_row] = where
                 slots[row:end_row] = table[where // block_size] * block_size + where % block_size
-            spans.append(Span(row, chunk.num_tokens, end, chunk.block_table))
+            layout = self._layouts[chunk.slot]
+            if layout is not None:
+                self._pack_images(layout, chunk, row, positions, images)
+            runs = () if layout is None else layout.runs
+            spans.append(Span(row, chunk.num_tokens, end, chunk.block_table, runs))
             if chunk.samples:
                 logits_rows.append(end_row - 1)
             prompt_rows += [row + position - chunk.start for position in chunk.prompt_logprobs]
@@ -126,8 +155,23 @@ class PackedModelRunner:
             last = self._last_tokens.index_select(0, self._index(device_slots))
             input_ids.index_copy_(0, self._index(device_rows), last)
         return PackedBatch(
-            input_ids, self._to_device(positions), self._to_device(slots), self._index(logits_rows), spans
+            input_ids,
+            self._to_device(positions if len(positions) > 1 else positions[0]),
+            self._to_device(slots),
+            self._index(logits_rows),
+            spans,
+            images if images.rows else None,
         )
+
+    def _pack_images(
+        self, layout: PromptLayout, chunk: ScheduledChunk, row: int, positions: NDArray[np.int64], found: ImageRows
+    ) -> None:
+        """A chunk of a sequence with images: its rotary positions, and what goes into the rows of ``found``."""
+        assert self._images is not None
+        end = chunk.start + chunk.num_tokens
+        if layout.positions is not None:
+            positions[1:, row : row + chunk.num_tokens] = layout.rotary_positions(chunk.start, end)
+        layout.add_rows(found, self._images.encoder.encode, row, chunk.start, end)
 
     def _sample(self, chunks: list[ScheduledChunk], logits: Tensor) -> SampledTokens:
         sampling = [chunk for chunk in chunks if chunk.samples]

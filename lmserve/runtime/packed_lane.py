@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from lmserve.runtime.attention.base import AttentionBackend, LayerOptions, Span
 from lmserve.runtime.kv_cache import KVCache, LayerShape
+from lmserve.runtime.vision.layout import ImageRows
 
 
 class UnsupportedModel(Exception):
@@ -35,12 +36,14 @@ class PackedBatch:
     input_ids: Tensor
     """(T,) int64"""
     positions: Tensor
-    """(T,) int64"""
+    """(T,) int64; (4, T) for models with M-RoPE: the index, then time, height and width"""
     slot_mapping: Tensor
     """(T,) int64: the cache row that each token's key and value go to."""
     logits_rows: Tensor
     """(R,) int64: the rows whose logits are wanted."""
     spans: list[Span]
+    images: ImageRows | None = None
+    """The rows that are no text."""
 
 
 class PackedLane:
@@ -53,6 +56,7 @@ class PackedLane:
         self._backend: AttentionBackend | None = None
         self._plan: Any = None
         self._slot_mapping: Tensor | None = None
+        self._deep: dict[str, Any] = {}
         self._parameters = frozenset(inspect.signature(self.model.forward).parameters)
         # transformers reads meaning from names: "flash", "sdpa" and a slash must not be in it.
         self._name = f"lmserve_packed_{id(self):x}"
@@ -60,6 +64,7 @@ class PackedLane:
         self._stock = self._current_implementation()
         if not {"input_ids", "position_ids"} <= self._parameters:
             raise UnsupportedModel("its forward takes no position_ids, so packed sequences cannot be told apart")
+        self._pass_deep_features()
 
     @contextmanager
     def stock_attention(self) -> Iterator[None]:
@@ -75,7 +80,7 @@ class PackedLane:
         self._set_implementation(self._name)
         device = self.model.device
         tokens = torch.arange(4, device=device)
-        self._forward(tokens, tokens, tokens[-1:])
+        self._forward({"input_ids": tokens[None]}, tokens[None], tokens[-1:])
         if not self.shapes:
             raise UnsupportedModel("its attention does not go through transformers' attention interface")
         return self.shapes
@@ -89,14 +94,40 @@ class PackedLane:
         assert self._backend is not None, "attach comes first"
         self._plan = self._backend.plan(batch.spans)
         self._slot_mapping = batch.slot_mapping
+        positions = batch.positions[None] if batch.positions.dim() == 1 else batch.positions[:, None]
         try:
-            return self._forward(batch.input_ids, batch.positions, batch.logits_rows)
+            return self._forward(self._inputs(batch), positions, batch.logits_rows)
         finally:
             self._plan = self._slot_mapping = None
+            self._deep = {}
 
-    def _forward(self, input_ids: Tensor, positions: Tensor, logits_rows: Tensor) -> Tensor:
+    def _inputs(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """Token ids; with images in it the embeddings, for their rows are no token's."""
+        if batch.images is None:
+            return {"input_ids": batch.input_ids[None]}
+        rows = torch.tensor(batch.images.rows, device=batch.input_ids.device)
+        # A placeholder's id may lie outside of the embeddings.
+        embeddings = self.model.get_input_embeddings()(batch.input_ids.index_fill(0, rows, 0))
+        embeddings = embeddings.index_copy(0, rows, batch.images.values().to(embeddings.dtype))
+        deep = batch.images.deep()
+        if deep:
+            mask = torch.zeros(1, len(batch.input_ids), dtype=torch.bool, device=rows.device)
+            self._deep = {"visual_pos_masks": mask.index_fill(1, rows, True), "deepstack_visual_embeds": deep}
+        return {"inputs_embeds": embeddings[None]}
+
+    def _pass_deep_features(self) -> None:
+        """The model's forward makes its deepstack features itself: they are handed to the layers behind its back."""
+
+        def add(module: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**arguments, **self._deep}
+
+        for module in self.model.modules():
+            if "deepstack_visual_embeds" in inspect.signature(module.forward).parameters:
+                module.register_forward_pre_hook(add, with_kwargs=True)
+
+    def _forward(self, inputs: dict[str, Tensor], positions: Tensor, logits_rows: Tensor) -> Tensor:
         keep = {"logits_to_keep": logits_rows} if "logits_to_keep" in self._parameters else {}
-        output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **keep)
+        output = self.model(**inputs, position_ids=positions, use_cache=False, **keep)
         logits: Tensor = output.logits[0]
         return logits if keep else logits.index_select(0, logits_rows)
 

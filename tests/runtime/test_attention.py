@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -81,14 +81,15 @@ def expected(case: Case, options: LayerOptions) -> Tensor:
         for i in range(span.q_len):
             position = span.kv_len - span.q_len + i
             first = 0 if options.window is None else max(0, position - options.window + 1)
+            last = max([position + 1, *(end for start, end in span.images if start <= position < end)])
             for h in range(heads):
-                keys = k[first : position + 1, h // group].double()
+                keys = k[first:last, h // group].double()
                 scores = keys @ case.q[span.row + i, h].double() * options.scaling
                 if options.softcap is not None:
                     scores = options.softcap * torch.tanh(scores / options.softcap)
                 weights = scores.exp()
                 total = weights.sum() + (0 if options.sinks is None else options.sinks[h].double().exp())
-                out[span.row + i, h] = (weights / total) @ v[first : position + 1, h // group].double()
+                out[span.row + i, h] = (weights / total) @ v[first:last, h // group].double()
     return out
 
 
@@ -116,6 +117,16 @@ OPTIONS = {
 @pytest.mark.parametrize("scattered", [True, False], ids=["scattered", "adjacent"])
 def test_mixed_step(name: str, options: LayerOptions, scattered: bool) -> None:
     case = make_case(MIXED, scattered=scattered)
+    torch.testing.assert_close(run(name, case, options).double(), expected(case, options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("name", BACKENDS)
+def test_tokens_of_an_image_see_each_other(name: str, options: LayerOptions) -> None:
+    """A window goes before that. A chunk may begin inside an image whose beginning was found in the cache."""
+    case = make_case(((0, 20), (0, 9), (5, 11), (8, 8), (30, 1), (3, 4)))
+    images = (((2, 12), (12, 19)), ((0, 9),), ((3, 14),), ((4, 8),), ((10, 20),), ())
+    case.spans = [replace(span, images=runs) for span, runs in zip(case.spans, images, strict=True)]
     torch.testing.assert_close(run(name, case, options).double(), expected(case, options), rtol=1e-5, atol=1e-5)
 
 

@@ -18,6 +18,8 @@ class Span:
     q_len: int
     kv_len: int
     block_table: list[int]
+    images: tuple[tuple[int, int], ...] = ()
+    """Positions [start, end) of images whose tokens all see each other. A step never ends inside one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +88,14 @@ class AttentionBackend(ABC):
         """q (T, heads, Dk) and the same tokens' k, v (T, kv heads, Dk | Dv) -> (T, heads, Dv)."""
 
 
-def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Tensor:
-    """(len(q_positions), len(k_positions)) bool: which keys a causal query sees."""
+def visible(
+    q_positions: Tensor, k_positions: Tensor, window: int | None, images: tuple[tuple[int, int], ...] = ()
+) -> Tensor:
+    """(len(q_positions), len(k_positions)) bool: which keys a query sees: those before it, and its own image's."""
     keep = k_positions <= q_positions[:, None]
+    for start, end in images:
+        within = ((q_positions >= start) & (q_positions < end))[:, None]
+        keep |= within & (k_positions >= start) & (k_positions < end)
     if window is not None:
         keep &= k_positions > q_positions[:, None] - window
     return keep

@@ -38,7 +38,7 @@ class ReferenceBackend(AttentionBackend):
                 q[rows].transpose(0, 1)[None],
                 cache.k[cache_rows].transpose(0, 1)[None],
                 cache.v[cache_rows].transpose(0, 1)[None],
-                visible(q_positions, k_positions, options.window),
+                visible(q_positions, k_positions, options.window, span.images),
                 options,
             )[0].transpose(0, 1)
         return out

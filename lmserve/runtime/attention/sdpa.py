@@ -151,7 +151,8 @@ class SdpaBackend(AttentionBackend):
         q_positions = (ends[:, None] - q_len + torch.arange(q_len, device=self.layout.device)).flatten()
         k_positions = starts[:, None] + torch.arange(num_keys, device=self.layout.device)
         k_positions = k_positions.repeat_interleave(q_len, dim=0)
-        keep = visible(q_positions, k_positions, window).view(len(spans), 1, q_len, num_keys)
+        images = spans[0].images if q_len > 1 else ()
+        keep = visible(q_positions, k_positions, window, images).view(len(spans), 1, q_len, num_keys)
         bias = torch.zeros(keep.shape, dtype=self.layout.dtype, device=self.layout.device).masked_fill_(
             ~keep, float("-inf")
         )

@@ -1,0 +1,130 @@
+"""Greedy answers to chats with pictures equal ``model.generate`` in float32, however the engine cut and mixed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from lmserve.runtime.interface import StepInput
+from tests.images.tiny_vlms import FAMILIES, assistant, pictures, user
+from tests.runtime.vision.chats import Case, Family, chats, run
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def find(name: str) -> tuple[Family, dict[str, Case]]:
+        family = Family(tmp_path_factory.mktemp(name), name)
+        return family, {chat: family.case(messages) for chat, messages in chats().items()}
+
+    return find
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_alone(name: str, families: Any) -> None:
+    family, cases = families(name)
+    engine = family.engine()
+    for case in cases.values():
+        assert run(engine, [case]) == [case.answer]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_together_whole_and_in_chunks(name: str, families: Any) -> None:
+    """Chunks end inside pictures whose tokens see only what stands before, never in those that see each other."""
+    family, cases = families(name)
+    mixed = [*cases.values(), *cases.values()]
+    for max_batched_tokens in (512, 13):
+        engine = family.engine(max_batched_tokens=max_batched_tokens, prefix_caching=False)
+        cuts = _watch_cuts(engine._runner, cases)
+        assert run(engine, mixed) == [case.answer for case in mixed]
+        if max_batched_tokens == 13:
+            assert bool(cuts) == (engine._runner.info.images == "causal")
+
+
+def _watch_cuts(runner: Any, cases: dict[str, Case]) -> list[int]:
+    """Fills with the chunks' ends that lie inside a picture of the chat with three (the longest prompts of all)."""
+    launch, cuts = runner.launch, list[int]()
+    prompts = {tuple(case.token_ids): case.images for case in cases.values()}
+    by_slot: dict[int, Any] = {}
+
+    def watched(step: StepInput) -> None:
+        for sequence in step.new_sequences:
+            by_slot[sequence.slot] = prompts.get(sequence.token_ids[: sequence.num_prompt_tokens], [])
+        for chunk in step.chunks:
+            end = chunk.start + chunk.num_tokens
+            cuts.extend(end for image in by_slot[chunk.slot] if image.start < end < image.end)
+        launch(step)
+
+    runner.launch = watched
+    return cuts
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_next_turn_encodes_only_the_new_picture(name: str, families: Any) -> None:
+    family, _ = families(name)
+    some = pictures()
+    first = [user(some["disc"].convert("RGB"), "one")]
+    second = [*first, assistant("Yes."), user("two", some["red"].convert("RGB"))]
+    cases = [family.case(first), family.case(second)]
+    engine = family.engine()
+    before = engine.stats
+    assert run(engine, cases[:1]) == [cases[0].answer]
+    assert engine.stats.num_encoded_images == before.num_encoded_images + 1
+    engine._runner._images.encoder._encoded.clear()  # what is encoded already is not even asked for
+    assert run(engine, cases[1:]) == [cases[1].answer]
+    assert engine.stats.num_encoded_images == before.num_encoded_images + 2
+    assert engine.stats.num_cached_tokens >= cases[0].images[0].end // 4 * 4
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "gemma3", "smolvlm"])
+def test_the_same_tokens_with_another_picture_share_nothing_from_it_on(name: str, families: Any) -> None:
+    family, _ = families(name)
+    some = pictures()
+    red = some["red"].convert("RGB")
+    blue = red.point(lambda value: 255 - value)
+    one, other = (family.case([user("Look: ", picture, " What is it?")]) for picture in (red, blue))
+    assert one.token_ids == other.token_ids
+    assert one.answer != other.answer
+    engine = family.engine()
+    for case in (one, other, one):
+        assert run(engine, [case]) == [case.answer]
+    assert engine.stats.num_encoded_images == 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_computed_again_after_losing_their_blocks(name: str, families: Any) -> None:
+    """What a preemption does: prompt and answer so far are computed anew, pictures too, and no cached block helps."""
+    family, cases = families(name)
+    mixed = list(cases.values())
+    lengths = [len(case.token_ids) for case in mixed]
+    engine = family.engine(kv_tokens=(max(lengths) + 20) // 4 * 4, prefix_caching=False)  # room for one at a time
+    assert run(engine, mixed, pauses=True) == [case.answer for case in mixed]
+    assert engine.stats.num_prompt_tokens > sum(lengths) + max(lengths)
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "gemma3", "idefics3"])
+def test_with_pauses_and_several_choices(name: str, families: Any) -> None:
+    family, cases = families(name)
+    engine = family.engine(max_batched_tokens=64)
+    mixed = list(cases.values())
+    assert run(engine, mixed, pauses=True, n=2) == [case.answer for case in mixed]
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
+@pytest.mark.parametrize("name", ["qwen3-vl", "gemma3"])
+def test_every_backend(name: str, backend: str, families: Any) -> None:
+    family, cases = families(name)
+    engine = family.engine(attention_backend=backend, max_batched_tokens=24)
+    mixed = list(cases.values())
+    assert run(engine, mixed) == [case.answer for case in mixed]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_half_precision_images_are_still_seen_rightly(name: str, families: Any) -> None:
+    family, cases = families(name)
+    engine = family.engine(dtype="bfloat16")
+    assert engine._runner.info.images == ("whole" if name == "gemma3" else "causal")
+    alone = [run(engine, [case])[0] for case in cases.values()]
+    assert [len(answer) for answer in alone] == [len(case.answer) for case in cases.values()]
