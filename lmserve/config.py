@@ -136,6 +136,13 @@ class Config:
     max_n: int = _key(128, "choices of one prompt (n)", low=1, high=128)
     max_choices: int = _key(2048, "choices of one request: prompts times n", low=1, high=65536)
     max_inputs: int = _key(2048, "texts or pairs of one request for embeddings or scores", low=1, high=65536)
+    max_images: int = _key(32, "images of one request", low=0, high=1024)
+    max_image_pixels: int = _key(64_000_000, "pixels of one image", low=1, high=2**30)
+    image_hosts: tuple[str, ...] = _key(
+        (),
+        "host that images may be fetched from, .DOMAIN for all of a domain's, or * for all public ones; repeatable; "
+        "none: images come in the request only",
+    )
     max_stop: int = _key(16, "stop strings of one request", low=1, high=1024)
     max_prompt_tokens: int = _key(0, "tokens of one prompt; 0: what the context allows", low=0)
     first_token_seconds: float = _key(

@@ -28,6 +28,7 @@ from lmserve.models.downloads import Downloads
 from lmserve.models.entry import ModelEntry
 from lmserve.models.life import Observer
 from lmserve.models.manager import ModelManager
+from lmserve.service.chat_images import ChatImages, image_limits
 from lmserve.service.encoding import EncodingService
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream, LogStreamHandler, runtime_event
@@ -55,7 +56,8 @@ async def _serve(config: Config, sock: socket.socket) -> int:
     teller = _Teller(log)
     models = ModelManager(config, teller)
     texts = teller.texts = Texts()
-    service = GenerationService(models, texts, log, config)
+    images = teller.images = ChatImages(image_limits(config))
+    service = GenerationService(models, texts, images, log, config)
     encoding = EncodingService(models, texts, log, config)
     downloads = Downloads(lambda job: teller.downloaded(models))
     more = [*ManageEndpoint(models, config).operations(), *DownloadsEndpoint(downloads, config).operations()]
@@ -91,6 +93,7 @@ async def _serve(config: Config, sock: socket.socket) -> int:
         http_server.stop()
         await asyncio.gather(http, loaded, stop, return_exceptions=True)
         texts.close()
+        await images.close()
         logging.getLogger("lmserve").removeHandler(handler)
 
 
@@ -115,12 +118,13 @@ class _Teller(Observer):
 
     def __init__(self, log: LogStream) -> None:
         self.texts: Texts | None = None
+        self.images: ChatImages | None = None
         self._log = log
         self._stages: dict[ModelEntry, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def placed(self, entry: ModelEntry) -> None:
-        """The tokenizer is read while the worker reads the weights. If that fails, the first who needs it hears why."""
+        """Tokenizer and processor are read while the worker reads weights; if that fails, who needs them hears why."""
         self._spawn(self._load_text(entry))
 
     def staged(self, entry: ModelEntry) -> None:
@@ -153,7 +157,8 @@ class _Teller(Observer):
     async def _load_text(self, entry: ModelEntry) -> None:
         if self.texts is not None:
             with contextlib.suppress(LMServeError):
-                await self.texts.load([entry])
+                if await self.texts.reads_images(entry) and self.images is not None:
+                    await self.images.prepare(entry)
 
 
 class _HttpServer(uvicorn.Server):
@@ -282,6 +287,10 @@ def describe(entry: ModelEntry) -> str:
     if info.task != "generate":
         what = f"vectors of {info.row_size} numbers" if info.task == "embed" else f"{info.row_size} label(s)"
         return f"{model}  encoder  {what}; {info.max_model_len:,} tokens, {info.max_num_batched_tokens} a step"
+    if info.images != "none":
+        model += "  images   read\n"
+    elif info.no_images:
+        model += f"  images   refused: {info.no_images}\n"
     return model + (
         f"  KV cache {info.kv_cache_tokens:,} tokens, {size(info.kv_cache_bytes)}, blocks of {info.block_size}\n"
         f"  context  {info.max_model_len:,} tokens; {info.max_num_seqs} sequences at once, "

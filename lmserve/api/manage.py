@@ -175,7 +175,7 @@ def _model(entries: list[ModelEntry]) -> ManagedModel:
     known = entries[0].known
     facts = known.facts
     publisher, _, name = known.model_id.rpartition("/")
-    capabilities = () if facts is None else facts.capabilities
+    capabilities = entries[0].capabilities
     quantization = None
     if facts is not None and facts.quantization is not None:
         quantization = Quantization(facts.quantization, facts.bits_per_weight)

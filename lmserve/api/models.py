@@ -57,7 +57,7 @@ def _item(entry: ModelEntry) -> ModelItem:
         state=entry.state,
         max_context_length=_max_context_length(entry),
         loaded_context_length=None if info is None else context_length(info),
-        capabilities=[] if facts is None else [*facts.capabilities],
+        capabilities=[*entry.capabilities],
     )
 
 
@@ -78,7 +78,7 @@ def _details(entry: ModelEntry) -> ModelDetails:
         state=entry.state,
         max_context_length=_max_context_length(entry),
         loaded_context_length=None if info is None else context_length(info),
-        capabilities=[] if facts is None else [*facts.capabilities],
+        capabilities=[*entry.capabilities],
     )
 
 

@@ -114,6 +114,13 @@ class ModelEntry:
         return None if self.worker is None or self.state != "loaded" else self.worker.engine.info
 
     @property
+    def capabilities(self) -> tuple[str, ...]:
+        """As its files say, and as loading has shown."""
+        found = () if self.facts is None else self.facts.capabilities
+        blind = self.info is not None and self.info.images == "none"
+        return tuple(each for each in found if not (blind and each == "vision"))
+
+    @property
     def is_live(self) -> bool:
         """Whether it is loaded, or is meant to be."""
         return self.state != "not-loaded"

@@ -162,7 +162,9 @@ class Life:
         await self._place()
         self._observer.placed(entry)
         async with self._admission.starting:
-            worker = entry.worker = await Worker.start(lambda pid, line: self._observer.said(entry, pid, line))
+            worker = entry.worker = await Worker.start(
+                lambda pid, line: self._observer.said(entry, pid, line), beside_images="vision" in entry.capabilities
+            )
             try:
                 reserved = await self._admission.admit(entry, worker, force=self._force)
             except BaseException:

@@ -44,6 +44,15 @@ WORKER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     }
 )
 """What a worker's libraries are told. The user's own values win."""
+BESIDE_IMAGES_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {
+        # OpenMP's threads wait for each other in a loop, for a long time if they may. With one more busy process than
+        # there are cores (one that decodes images, say) every step then takes ten times as long, with this count three
+        # or four times. Lower ones are better beside others and worse alone (``benchmarks/images.py`` shows both).
+        "GOMP_SPINCOUNT": "5000",
+    }
+)
+"""And those of a worker whose model reads images."""
 
 Progress = Callable[[str, float], None]
 Say = Callable[[int, str], None]
@@ -70,8 +79,10 @@ class Worker:
         self._engine: AsyncEngine | None = None
 
     @classmethod
-    async def start(cls, say: Say) -> Worker:
+    async def start(cls, say: Say, *, beside_images: bool = False) -> Worker:
         """Returns when the process can be talked to. A cancelled start leaves no process behind.
+
+        ``beside_images``: other processes will look at images for this one.
 
         Raises:
             WorkerDied: it ended by itself.
@@ -83,7 +94,7 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={**WORKER_ENVIRONMENT, **os.environ},
+                env={**WORKER_ENVIRONMENT, **(BESIDE_IMAGES_ENVIRONMENT if beside_images else {}), **os.environ},
                 start_new_session=True,  # a Ctrl-C at the terminal is the API process's to handle
             )
         ours.setblocking(False)

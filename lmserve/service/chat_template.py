@@ -11,8 +11,18 @@ from typing import Any
 import jinja2
 
 from lmserve.errors import InvalidRequest
-from lmserve.service.messages import check_nesting, normalize_messages
+from lmserve.images.pool import StoredImage
+from lmserve.service.messages import ImagePart, PartStyle, check_nesting, normalize_messages
 from lmserve.service.model_text import ModelText
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedImage:
+    """An image, and where its placeholder tokens begin and end in the prompt."""
+
+    image: StoredImage
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +30,19 @@ class Prompt:
     """What the model receives. ``text`` is None where the client sent token ids."""
 
     text: str | None
+    """With one token of the template for each image."""
     token_ids: list[int]
+    images: tuple[PlacedImage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A chat in the template's words; its images are not in it yet."""
+
+    text: str
+    images: list[ImagePart]
+    token_ids: list[int] | None
+    """Where messages hold control tokens, which are text there; else the text says all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +71,7 @@ class ChatTemplate:
         self._can_sanitize = "sanitize_control_tokens" in parameters
         added = [token for token in text.tokenizer.added_tokens_decoder.values() if not str(token).isspace()]
         names = [str(token) for token in added if self._can_sanitize or token.special]
+        self._style: PartStyle = self._find_style() if text.reads_images else "text"
         self._control_token = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
     @property
@@ -60,27 +83,80 @@ class ChatTemplate:
             return None
 
     def render(self, chat: Chat) -> Prompt:
-        """The prompt of a chat.
+        """The prompt of a chat without images. Raises as ``begin``."""
+        return self.finish(self.begin(chat), [])
+
+    def begin(self, chat: Chat, no_images: str | None = "this model reads text only") -> RenderedChat:
+        """``no_images``: why the model may have none; None if it may.
 
         Raises:
             InvalidRequest: there is no template, the messages are malformed, or the template refuses them.
+            UnsupportedField: they hold what the model cannot read.
         """
         source = self.source
         if source is None:
             raise InvalidRequest(
                 "This model has no chat template, so it cannot be asked with messages; use /v1/completions.", "messages"
             )
-        messages = normalize_messages(chat.messages, source)
-        options = self._options(chat)
+        found = normalize_messages(chat.messages, source, self._style, no_images)
+        messages, options, token_ids = found.messages, self._options(chat), None
         try:
             text = str(self._apply(messages, tokenize=False, **options))
             if self._has_control_token([messages, chat.template_kwargs]):
-                return Prompt(text, self._encode_in_pieces(messages, options))
+                token_ids = self._encode_in_pieces(messages, options)
         except jinja2.TemplateError as error:
             raise InvalidRequest(error.message or "The chat template refuses these messages.", "messages") from error
         except (ValueError, TypeError, RecursionError) as error:
             raise InvalidRequest(f"The chat template cannot render these messages: {error}", "messages") from error
-        return Prompt(text, self._text.encode_rendered(text))
+        return RenderedChat(text, found.images, token_ids)
+
+    def finish(self, chat: RenderedChat, images: Sequence[StoredImage]) -> Prompt:
+        """Put the images in their places, and encode. ``images``: as many as ``chat.images``.
+
+        Raises:
+            InvalidRequest: the template has not a place for each.
+        """
+        if not images:
+            return Prompt(
+                chat.text, self._text.encode_rendered(chat.text) if chat.token_ids is None else chat.token_ids
+            )
+        token = images[0].facts.image_token
+        if chat.token_ids is None:
+            pieces = chat.text.split(token)
+            if len(pieces) != len(images) + 1:
+                raise _not_a_place_for_each(len(images), len(pieces) - 1)
+            texts = [*(image.facts.text for image in images), ""]
+            token_ids = self._text.encode_rendered("".join(map("".join, zip(pieces, texts, strict=True))))
+        else:
+            token_ids = self._expand(chat.token_ids, token, images)
+        return Prompt(chat.text, token_ids, _place(token_ids, images))
+
+    def _expand(self, token_ids: list[int], token: str, images: Sequence[StoredImage]) -> list[int]:
+        """As ``finish``, of token ids: what people have written as text would be taken for control tokens otherwise."""
+        (image_token_id,) = self._text.encode_tokens(token)
+        found = [i for i, token_id in enumerate(token_ids) if token_id == image_token_id]
+        if len(found) != len(images):
+            raise _not_a_place_for_each(len(images), len(found))
+        expanded, end = [], 0
+        for place, image in zip(found, images, strict=True):
+            expanded += [*token_ids[end:place], *self._text.encode_tokens(image.facts.text)]
+            end = place + 1
+        return expanded + token_ids[end:]
+
+    def _find_style(self) -> PartStyle:
+        """Whether contents may be texts, lists of parts, or both: seen by rendering one of each."""
+        probe = "lmserve"
+
+        def shows(content: object) -> bool:
+            try:
+                text = str(self._apply([{"role": "user", "content": content}], tokenize=False))
+            except Exception:  # a template of another mind
+                return False
+            return probe in text and "'type'" not in text
+
+        if not shows([{"type": "text", "text": probe}]):
+            return "text"
+        return "either" if shows(probe) else "parts"
 
     def _encode_in_pieces(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         if not self._can_sanitize:
@@ -119,3 +195,22 @@ class ChatTemplate:
         if isinstance(value, dict):
             return any(map(self._has_control_token, value.values()))
         return isinstance(value, list) and any(map(self._has_control_token, value))
+
+
+def _place(token_ids: Sequence[int], images: Sequence[StoredImage]) -> tuple[PlacedImage, ...]:
+    """Each image with the stretch that its placeholder tokens cover."""
+    placeholder_id = images[0].facts.placeholder_id
+    places = [i for i, token_id in enumerate(token_ids) if token_id == placeholder_id]
+    placed, first = [], 0
+    for image in images:
+        last = first + image.facts.num_placeholders
+        placed.append(PlacedImage(image, places[first], places[last - 1] + 1))
+        first = last
+    assert first == len(places), "the processor's text has as many placeholders as its tokens"
+    return tuple(placed)
+
+
+def _not_a_place_for_each(num_images: int, num_places: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"messages: {num_images} images, for which the model's chat template has {num_places} places.", "messages"
+    )

@@ -6,13 +6,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 from lmserve.errors import LMServeError
+from lmserve.images.pool import StoredImage
 from lmserve.runtime.interface import Task
-from lmserve.service.chat_template import Chat, Prompt
+from lmserve.service.chat_images import ChatImages
+from lmserve.service.chat_template import Chat, ChatTemplate, Prompt, RenderedChat
 from lmserve.service.deltas import Delta, Usage
 from lmserve.service.log_stream import LogStream
 from lmserve.service.merge import merge
 from lmserve.service.patience import first_in_time
-from lmserve.service.protocols import Models
+from lmserve.service.protocols import ModelEntry, Models
 from lmserve.service.request import (
     COMPLETION_MAX_TOKENS,
     GenerationOptions,
@@ -23,6 +25,7 @@ from lmserve.service.request import (
     check_token_ids,
     context_length,
     make_request,
+    why_no_images,
 )
 from lmserve.service.run import PromptRun
 from lmserve.service.texts import Texts
@@ -31,9 +34,12 @@ from lmserve.service.texts import Texts
 class GenerationService:
     """Owns each request that generates, from its text to its deltas."""
 
-    def __init__(self, models: Models, texts: Texts, log: LogStream, settings: ServiceSettings) -> None:
+    def __init__(
+        self, models: Models, texts: Texts, images: ChatImages, log: LogStream, settings: ServiceSettings
+    ) -> None:
         self._models = models
         self._texts = texts
+        self._images = images
         self._log = log
         self._settings = settings
 
@@ -69,12 +75,13 @@ class GenerationService:
         entry = self._models.resolve(model)
         engine = entry.engine
         text, template = await self._texts.of(entry)
+        rendered, images = await self._begin(entry, template, chat)
 
         def prepare() -> GenerationRequest:
             return make_request(
                 request_id,
                 ServedModel(entry, engine, text),
-                [template.render(chat)],
+                [template.finish(rendered, images)],
                 options,
                 self._settings,
                 prompt_param="messages",
@@ -82,6 +89,14 @@ class GenerationService:
             )
 
         return await self._texts.in_thread(prepare)
+
+    async def _begin(
+        self, entry: ModelEntry, template: ChatTemplate, chat: Chat
+    ) -> tuple[RenderedChat, list[StoredImage]]:
+        """The chat in the template's words, and its images, which are looked at elsewhere."""
+        no_images = why_no_images(entry.engine.info)
+        rendered = await self._texts.in_thread(lambda: template.begin(chat, no_images))
+        return rendered, await self._images.look(rendered.images, entry) if rendered.images else []
 
     async def prepare_completion(
         self, request_id: str, model: str | None, prompts: Sequence[str | list[int]], options: GenerationOptions
@@ -108,13 +123,15 @@ class GenerationService:
     async def tokenize(self, model: str | None, text: str, *, add_special_tokens: bool) -> list[int]:
         """The token ids of a text, as ``prepare_completion`` makes them or without the tokens that begin a sequence."""
         words, _ = await self._texts.of(self._models.resolve(model))
-        encode = words.encode if add_special_tokens else words.encode_rendered
+        encode = words.encode if add_special_tokens else words.encode_tokens
         return await self._texts.in_thread(lambda: encode(text))
 
     async def render(self, model: str | None, chat: Chat) -> Prompt:
         """What the model would receive of a chat. Raises as ``prepare_chat``."""
-        _, template = await self._texts.of(self._models.resolve(model))
-        return await self._texts.in_thread(lambda: template.render(chat))
+        entry = self._models.resolve(model)
+        _, template = await self._texts.of(entry)
+        rendered, images = await self._begin(entry, template, chat)
+        return await self._texts.in_thread(lambda: template.finish(rendered, images))
 
     async def detokenize(self, model: str | None, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included.

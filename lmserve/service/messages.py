@@ -4,25 +4,56 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from lmserve.errors import InvalidRequest, UnsupportedField
+from lmserve.images.job import Detail
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_NESTING = 64
 """Levels of objects and arrays within one message."""
 
 
-def normalize_messages(messages: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """Check the messages, join text parts with newlines, and rename roles that ``template`` does not mention.
+PartStyle = Literal["text", "either", "parts"]
+"""How a chat template reads contents: as text alone, as text or parts, as parts alone."""
+DETAILS: tuple[Detail, ...] = ("auto", "low", "high")
 
-    ``developer`` becomes ``system`` and ``function`` becomes ``tool``. Absent content becomes the empty string. Keys of
-    which we know nothing (a model's template may) are passed on. ``arguments`` of tool calls, JSON text on the wire,
-    become objects, which is what templates expect.
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """An image that a message holds."""
+
+    path: str
+    """Of the field that has it, as the client wrote it."""
+    url: str
+    detail: Detail
+
+
+@dataclass(frozen=True, slots=True)
+class NormalizedChat:
+    """Messages as templates read them, and the images whose places they hold, in this order."""
+
+    messages: list[dict[str, Any]]
+    images: list[ImagePart]
+
+
+def normalize_messages(
+    messages: Sequence[dict[str, Any]],
+    template: str,
+    style: PartStyle = "text",
+    no_images: str | None = "this model reads text only",
+) -> NormalizedChat:
+    """Check the messages, and rename roles that ``template`` does not mention.
+
+    ``developer`` becomes ``system`` and ``function`` becomes ``tool``. Absent content becomes the empty string. Text
+    parts are joined with newlines for a template that reads text alone. Keys of which we know nothing (a model's
+    template may) are passed on. ``arguments`` of tool calls, JSON text on the wire, become objects, which is what
+    templates expect. ``no_images``: why the model may have none; None if it may.
 
     Raises:
         InvalidRequest: ``param`` is the path of the part at fault.
-        UnsupportedField: a part that is no text.
+        UnsupportedField: a part that the model cannot read.
     """
     if not messages:
         raise InvalidRequest("messages must hold at least one message.", "messages")
@@ -31,10 +62,12 @@ def normalize_messages(messages: Sequence[dict[str, Any]], template: str) -> lis
         for role, newer in (("developer", "system"), ("function", "tool"))
         if f"'{role}'" not in template and f'"{role}"' not in template
     }
-    return [_normalize(message, f"messages[{i}]", renamed) for i, message in enumerate(messages)]
+    reader = _ContentReader(style, no_images)
+    normalized = [_normalize(message, f"messages[{i}]", renamed, reader) for i, message in enumerate(messages)]
+    return NormalizedChat(normalized, reader.images)
 
 
-def _normalize(message: dict[str, Any], path: str, renamed: dict[str, str]) -> dict[str, Any]:
+def _normalize(message: dict[str, Any], path: str, renamed: dict[str, str], reader: _ContentReader) -> dict[str, Any]:
     check_nesting(message, path)
     role = message.get("role")
     if role is None:
@@ -43,7 +76,7 @@ def _normalize(message: dict[str, Any], path: str, renamed: dict[str, str]) -> d
         raise InvalidRequest(f"{path}.role must be one of {', '.join(ROLES)}.", f"{path}.role")
     normalized = {key: value for key, value in message.items() if value is not None}
     normalized["role"] = renamed.get(role, role)
-    normalized["content"] = _text(message.get("content"), f"{path}.content")
+    normalized["content"] = reader.read(message.get("content"), f"{path}.content")
     if "function_call" in normalized and "tool_calls" not in normalized:  # how calls were written before tools
         normalized["tool_calls"] = [{"type": "function", "function": normalized.pop("function_call")}]
     if "tool_calls" in normalized:
@@ -51,30 +84,63 @@ def _normalize(message: dict[str, Any], path: str, renamed: dict[str, str]) -> d
     return normalized
 
 
-def _text(content: object, path: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise InvalidRequest(f"{path} must be a string or an array of parts.", path)
-    return "\n".join(_part_text(part, f"{path}[{i}]") for i, part in enumerate(content))
+class _ContentReader:
+    """Reads contents, and collects the images that are in them."""
 
+    def __init__(self, style: PartStyle, no_images: str | None) -> None:
+        self.images: list[ImagePart] = []
+        self._style = style
+        self._no_images = no_images
 
-def _part_text(part: object, path: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict):
-        raise InvalidRequest(f"{path} must be an object with a type.", path)
-    kind = part.get("type")
-    if not isinstance(kind, str):
-        raise InvalidRequest(f"{path}.type is required and must be a string.", f"{path}.type")
-    if kind not in ("text", "refusal"):
-        raise UnsupportedField(f"{path} is of type {kind!r}, but this model reads text only.", path)
-    text = part.get(kind)
-    if not isinstance(text, str):
-        raise InvalidRequest(f"{path}.{kind} is required and must be a string.", f"{path}.{kind}")
-    return text
+    def read(self, content: object, path: str) -> str | list[dict[str, str]]:
+        """In the template's style."""
+        if content is None:
+            content = ""
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}] if self._style == "parts" else content
+        if not isinstance(content, list):
+            raise InvalidRequest(f"{path} must be a string or an array of parts.", path)
+        parts = [self._part(part, f"{path}[{i}]") for i, part in enumerate(content)]
+        return parts if self._style != "text" else "\n".join(part["text"] for part in parts)
+
+    def _part(self, part: object, path: str) -> dict[str, str]:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        if not isinstance(part, dict):
+            raise InvalidRequest(f"{path} must be an object with a type.", path)
+        kind = part.get("type")
+        if not isinstance(kind, str):
+            raise InvalidRequest(f"{path}.type is required and must be a string.", f"{path}.type")
+        if kind == "image_url":
+            return self._image(part, path)
+        if kind not in ("text", "refusal"):
+            reads = "text and images only" if self._no_images is None else "text only"
+            raise UnsupportedField(f"{path} is of type {kind!r}, but this model reads {reads}.", path)
+        text = part.get(kind)
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{path}.{kind} is required and must be a string.", f"{path}.{kind}")
+        return {"type": "text", "text": text}
+
+    def _image(self, part: dict[str, Any], path: str) -> dict[str, str]:
+        if self._no_images is not None:
+            raise UnsupportedField(f"{path} is an image, but {self._no_images}.", path)
+        if self._style == "text":
+            raise UnsupportedField(f"{path} is an image, but the model's chat template has no place for one.", path)
+        given = part.get("image_url")
+        path = f"{path}.image_url"
+        if isinstance(given, str):  # not OpenAI's shape, and found in the wild
+            given = {"url": given}
+        else:
+            path += ".url"
+        url = given.get("url") if isinstance(given, dict) else None
+        if not isinstance(given, dict) or not isinstance(url, str):
+            raise InvalidRequest(f"{path} is required and must be a string.", path)
+        detail = given.get("detail") or "auto"
+        if detail not in DETAILS:
+            where = f"{path.removesuffix('.url')}.detail"
+            raise InvalidRequest(f"{where} must be one of {', '.join(DETAILS)}.", where)
+        self.images.append(ImagePart(path, url, detail))
+        return {"type": "image"}
 
 
 def _tool_calls(calls: object, path: str) -> list[dict[str, Any]]:

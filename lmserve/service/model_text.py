@@ -62,8 +62,11 @@ class ModelText:
         eos_token_ids: Sequence[int] = (),
         defaults: SamplingDefaults | None = None,
         instructions: Instructions | None = None,
+        reads_images: bool = False,
     ) -> None:
+        """``reads_images``: the model has an image encoder, and transformers a processor for it."""
         self.tokenizer = tokenizer
+        self.reads_images = reads_images
         self.instructions = instructions or Instructions()
         self.table: TokenTable = build_token_table(tokenizer)
         self.eos_token_ids = sorted({*eos_token_ids, *_as_list(tokenizer.eos_token_id)})
@@ -97,7 +100,16 @@ class ModelText:
         transformer = _read_json(path, f"{folder}/sentence_bert_config.json".lstrip("/"), options["revision"])
         if transformer.get("do_lower_case"):
             lower_case(tokenizer)
-        return cls(tokenizer, eos_token_ids=eos, defaults=sampling_defaults(generation), instructions=instructions)
+        reads_images = isinstance(model.get("vision_config"), dict)
+        if reads_images and not tokenizer.chat_template:  # where processors kept it before they shared a file
+            tokenizer.chat_template = _read_json(path, "chat_template.json", options["revision"]).get("chat_template")
+        return cls(
+            tokenizer,
+            eos_token_ids=eos,
+            defaults=sampling_defaults(generation),
+            instructions=instructions,
+            reads_images=reads_images,
+        )
 
     def encode(self, text: str) -> list[int]:
         """A text that begins a sequence, with the tokenizer's own special tokens (most often one at the beginning).
@@ -111,7 +123,15 @@ class ModelText:
         return token_ids
 
     def encode_rendered(self, text: str) -> list[int]:
-        """A rendered chat: the template wrote the special tokens."""
+        """A rendered chat: the template wrote the special tokens.
+
+        Those of a model that reads images it may have left out: transformers' processors then add them.
+        """
+        bos = self.tokenizer.bos_token
+        return self._encode(text, add_special_tokens=self.reads_images and not (bos and text.startswith(bos)))
+
+    def encode_tokens(self, text: str) -> list[int]:
+        """A piece of a prompt, nothing added."""
         return self._encode(text, add_special_tokens=False)
 
     def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:

@@ -82,6 +82,11 @@ class ModelEntry(Protocol):
         ...
 
     @property
+    def capabilities(self) -> Sequence[str]:
+        """Out of completion, chat, tools, vision, embeddings, rerank."""
+        ...
+
+    @property
     def info(self) -> RunnerInfo | None:
         """Known once the model is loaded."""
         ...

@@ -146,6 +146,13 @@ def context_length(info: RunnerInfo) -> int:
     return min(info.max_model_len, info.kv_cache_tokens)
 
 
+def why_no_images(info: RunnerInfo) -> str | None:
+    """Why the model may have no images, the rest of a sentence; None if it may."""
+    if info.images != "none":
+        return None
+    return f"this model cannot be given any here: {info.no_images}" if info.no_images else "this model reads text only"
+
+
 def make_request(
     request_id: str,
     model: ServedModel,

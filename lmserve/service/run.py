@@ -14,6 +14,8 @@ from dataclasses import replace
 from lmserve.engine.messages import AddRequest
 from lmserve.errors import ModelUnloaded, NotReady, RequestFailed, StepFailed
 from lmserve.outputs import FinishReason, RequestOutput
+from lmserve.runtime.interface import PromptImage
+from lmserve.service.chat_template import PlacedImage
 from lmserve.service.choice import Choice
 from lmserve.service.deltas import Delta, Finished, PositionLogprobs, StopReason, TextDelta, Usage
 from lmserve.service.echo import Echo, EchoLogprobs
@@ -70,6 +72,10 @@ class PromptRun:
             sampling=self._sampling,
             eos_token_ids=self._request.model.text.eos_token_ids,
             priority=self._request.priority,
+            images=[
+                PromptImage(placed.start, placed.end, placed.image.facts.content, placed.image.facts.file)
+                for placed in self._prompt.images
+            ],
         )
         try:
             async with aclosing(self._request.model.engine.generate(add)) as outputs:
@@ -161,6 +167,7 @@ class PromptRun:
             **self._event("input"),
             "input": prompt,
             "promptTokensCount": len(self._prompt.token_ids),
+            **({"images": list(map(_image_event, self._prompt.images))} if self._prompt.images else {}),
             "parameters": {
                 **parameters,
                 "repeat_penalty": sampling.repetition_penalty,
@@ -198,3 +205,17 @@ class PromptRun:
         if choice.finished is not None:
             return choice.finished.stop_reason
         return self._end
+
+
+def _image_event(placed: PlacedImage) -> dict[str, object]:
+    """What the log stream says of an image. Tokens beside the placeholders may belong to it, too."""
+    facts = placed.image.facts
+    return {
+        "format": facts.format,
+        "width": facts.width,
+        "height": facts.height,
+        "placeholderTokensCount": facts.num_placeholders,
+        "firstToken": placed.start,
+        "content": facts.content,
+        "detailHonoured": facts.detail_honoured,
+    }

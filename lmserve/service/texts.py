@@ -52,6 +52,11 @@ class Texts:
             loading = self._texts[entry.model_id] = asyncio.create_task(self._load(entry))
         return await asyncio.shield(loading)
 
+    async def reads_images(self, entry: ModelEntry) -> bool:
+        """Whether the model has an image encoder. Raises as ``load``."""
+        text, _ = await self.of(entry)
+        return text.reads_images
+
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Its result."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

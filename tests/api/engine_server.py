@@ -16,12 +16,13 @@ from benchmarks.api_stub import OneModel
 from lmserve.api.app import create_app
 from lmserve.config import ModelConfig
 from lmserve.engine.async_engine import AsyncEngine
+from lmserve.service.chat_images import ChatImages
 from lmserve.service.encoding import EncodingService
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
 from lmserve.service.texts import Texts
 from tests.api.running_server import PATIENCE, wait_until
-from tests.api.stub_engine import Settings
+from tests.api.stub_engine import NO_LIMITS, Settings
 from tests.engine.engine_thread import EngineThread
 from tests.engine.fake_runner import FakeRunner
 from tests.service import tokenizers_for_tests as made
@@ -104,7 +105,7 @@ def engine_server(
             config, log = settings or Settings(), LogStream()
             models = OneModel(ModelConfig(model="/models/fake", model_id="fake"), engine)
             texts = Texts(lambda _: made.smollm2())
-            service = GenerationService(models, texts, log, config)
+            service = GenerationService(models, texts, ChatImages(NO_LIMITS), log, config)
             encoding = EncodingService(models, texts, log, config)
             app = create_app(service, encoding, models, log, config)
             http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", http="httptools"))

@@ -22,11 +22,12 @@ from lmserve.api.manage import ManageEndpoint
 from lmserve.config import Config
 from lmserve.models.downloads import Downloads, Job
 from lmserve.models.manager import ModelManager
+from lmserve.service.chat_images import ChatImages
 from lmserve.service.encoding import EncodingService
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
 from lmserve.service.texts import Texts
-from tests.api.stub_engine import Script, Settings, StubEngine, StubEntry, StubModels, runner_info
+from tests.api.stub_engine import NO_LIMITS, Script, Settings, StubEngine, StubEntry, StubModels, runner_info
 from tests.service import tokenizers_for_tests as made
 
 PATIENCE = 20.0
@@ -116,7 +117,7 @@ def running_server(
     models = StubModels(entry)
     config = settings or Settings()
     texts = Texts(lambda _: made.smollm2())
-    service = GenerationService(models, texts, log, config)
+    service = GenerationService(models, texts, ChatImages(NO_LIMITS), log, config)
     encoding = EncodingService(models, texts, log, config)
     made.smollm2()
     completed: list[Job] = []

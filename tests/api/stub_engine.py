@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from lmserve.config import ModelConfig
 from lmserve.engine.messages import AddRequest, Encode
 from lmserve.errors import LMServeError, ModelNotFound, NotReady
+from lmserve.images.source import ImageLimits
 from lmserve.models.facts import ModelFacts
 from lmserve.outputs import EncoderOutput, FinishReason, RequestOutput, TokenLogprobs
 from lmserve.runtime.interface import RunnerInfo, Task
@@ -168,6 +169,10 @@ class StubEngine:
         return [tuple(entries[start : start + size]) for start in range(0, len(entries), size)]
 
 
+NO_LIMITS = ImageLimits(max_bytes=2**30, max_pixels=2**30, max_images=2**10, seconds=60.0)
+"""That a test would come near to."""
+
+
 @dataclass
 class StubEntry:
     """A model that is loaded, unless ``state`` says otherwise."""
@@ -180,6 +185,10 @@ class StubEntry:
     progress: float = 0.0
     sampling: Mapping[str, float] = field(default_factory=dict)
     facts: ModelFacts | None = None
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        return () if self.facts is None else self.facts.capabilities
 
     @property
     def model_id(self) -> str:

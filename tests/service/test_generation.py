@@ -10,6 +10,7 @@ import pytest
 from lmserve.errors import InvalidRequest, ModelLoadFailed, ModelNotFound, NotReady, StepFailed, WorkerDied
 from lmserve.outputs import FinishReason
 from lmserve.service.answer import Answer, collect
+from lmserve.service.chat_images import ChatImages
 from lmserve.service.chat_template import Chat
 from lmserve.service.deltas import Delta, TextDelta, Usage
 from lmserve.service.generation import GenerationService
@@ -18,7 +19,7 @@ from lmserve.service.model_text import ModelText
 from lmserve.service.protocols import ModelEntry
 from lmserve.service.request import GenerationOptions, GenerationRequest
 from lmserve.service.texts import Texts
-from tests.api.stub_engine import Script, Settings, StubEngine, StubEntry, StubModels, runner_info
+from tests.api.stub_engine import NO_LIMITS, Script, Settings, StubEngine, StubEntry, StubModels, runner_info
 from tests.service import tokenizers_for_tests as made
 
 TEXT = ModelText(made.byte_level())
@@ -37,7 +38,9 @@ class Bench:
         self.entry = StubEntry(self.engine)
         self.log = LogStream()
         self.texts = Texts(load_text)
-        self.service = GenerationService(StubModels(self.entry), self.texts, self.log, Settings())
+        self.service = GenerationService(
+            StubModels(self.entry), self.texts, ChatImages(NO_LIMITS), self.log, Settings()
+        )
 
     async def complete(self, *prompts: str | list[int], **options: Any) -> GenerationRequest:
         return await self.service.prepare_completion("r", None, prompts, GenerationOptions(**options))

@@ -9,7 +9,7 @@ from lmserve.service.messages import normalize_messages
 
 
 def one(message: dict[str, Any], template: str = "") -> dict[str, Any]:
-    [normalized] = normalize_messages([message], template)
+    [normalized] = normalize_messages([message], template).messages
     return normalized
 
 
@@ -93,6 +93,6 @@ def test_deep_nesting_is_refused() -> None:
 
 def test_a_call_written_the_old_way_is_a_tool_call() -> None:
     call = {"name": "f", "arguments": '{"a": 1}'}
-    (message,) = normalize_messages([{"role": "assistant", "content": None, "function_call": call}], "")
+    message = one({"role": "assistant", "content": None, "function_call": call})
     assert "function_call" not in message
     assert message["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]

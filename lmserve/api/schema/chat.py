@@ -14,8 +14,18 @@ from lmserve.api.schema.usage import UsageAnswer
 from lmserve.errors import InvalidRequest
 from lmserve.sampling_params import RANGES
 from lmserve.service.chat_template import Chat
-from lmserve.service.messages import ROLES
+from lmserve.service.messages import DETAILS, ROLES
 
+IMAGE_URL = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "properties": {"url": {"type": "string"}, "detail": {"enum": [*DETAILS, None]}},
+            "required": ["url"],
+        },
+    ]
+}
 MESSAGE = {
     "type": "object",
     "properties": {
@@ -32,6 +42,11 @@ MESSAGE = {
                                 "type": "object",
                                 "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
                                 "required": ["type", "text"],
+                            },
+                            {
+                                "type": "object",
+                                "properties": {"type": {"const": "image_url"}, "image_url": IMAGE_URL},
+                                "required": ["type", "image_url"],
                             },
                             {
                                 "type": "object",
@@ -58,7 +73,7 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
         list[dict[str, Any]],
         honoured(
             "the chat: roles system, developer, user, assistant, tool, function; content a string, null, or an array "
-            "of text parts",
+            "of text parts and, for a model that reads images, image_url parts",
             allowed="at least one",
             schema={"type": "array", "minItems": 1, "items": MESSAGE},
         ),

@@ -131,7 +131,7 @@ class SamplingFields(ModelLifetime, kw_only=True):
     draft_model: Annotated[Any, ignored("string", "speculative decoding changes no answer; it is not offered yet")] = (
         None
     )
-    images: Annotated[Any, refused("array of strings", "images are not offered yet", [])] = None
+    images: Annotated[Any, refused("array of strings", "images come in messages, as image_url parts", [])] = None
     guided_json: Annotated[Any, refused("object", _NO_STRUCTURE)] = None
     guided_regex: Annotated[Any, refused("string", _NO_STRUCTURE)] = None
     guided_choice: Annotated[Any, refused("array of strings", _NO_STRUCTURE)] = None
