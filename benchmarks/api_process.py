@@ -39,6 +39,7 @@ from benchmarks.api_stub import OneModel, run_worker, stub_info
 from lmserve.api.app import create_app
 from lmserve.config import Config, ModelConfig
 from lmserve.engine.async_engine import AsyncEngine
+from lmserve.service.chat_images import ChatImages, image_limits
 from lmserve.service.encoding import EncodingService
 from lmserve.service.generation import GenerationService
 from lmserve.service.log_stream import LogStream
@@ -77,7 +78,7 @@ def run_api(folder: str, streams: int, loop: str, sock: socket.socket, listening
         engine = AsyncEngine(reader, writer, stub_info(streams), max_waiting=10**6, name="bench")
         models, log = OneModel(config, engine), LogStream()
         texts = Texts()
-        service = GenerationService(models, texts, log, Config())
+        service = GenerationService(models, texts, ChatImages(image_limits(Config())), log, Config())
         encoding = EncodingService(models, texts, log, Config())
         await texts.load(models.entries())
         reading = asyncio.create_task(engine.run())

@@ -31,6 +31,7 @@ class OneModel:
     stage: str = ""
     progress: float = 1.0
     facts: ModelFacts | None = None
+    capabilities: tuple[str, ...] = ()
     just_in_time: bool = True
     sampling: Mapping[str, float] = field(default_factory=dict)
 
