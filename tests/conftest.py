@@ -26,6 +26,8 @@ def _no_process_outlives_the_tests() -> Iterator[None]:
 
 def _is_marked(process: psutil.Process, mark: str) -> bool:
     try:
+        if process.ppid() == os.getpid() and any("resource_tracker" in part for part in process.cmdline()):
+            return False  # Python's own, which ends with this process
         return process.environ().get(SESSION) == mark and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:  # ended, or another user's
         return False

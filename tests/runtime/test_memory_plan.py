@@ -9,11 +9,14 @@ import torch
 
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
-from lmserve.runtime.build import assemble_runner
+from lmserve.runtime.build import assemble_runner, build_runner
 from lmserve.runtime.interface import MemoryPlan
 from lmserve.runtime.memory import size_cache
 from lmserve.runtime.memory_plan import LEAST_CONTEXT, plan_memory, weight_bytes
 from lmserve.runtime.packed_lane import PackedLane
+from lmserve.runtime.vision.encoder import CACHE_BYTES
+from tests.images.tiny_vlms import FAMILIES as VISION_FAMILIES
+from tests.images.tiny_vlms import write_tiny_vlm
 from tests.runtime.tiny_models import FAMILIES, build_tiny, in_dtype
 from tests.tiny_folder import write_tiny_folder
 
@@ -142,3 +145,11 @@ def test_what_cannot_be_served_is_said_before_anything_is_read(tmp_path: Path) -
     (tmp_path / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
     with pytest.raises(ModelLoadFailed):
         plan_memory(config(tmp_path))
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_a_model_that_reads_images_is_counted_with_its_encoder(family: str, tmp_path: Path) -> None:
+    asked = config(write_tiny_vlm(tmp_path, family), kv_cache_memory=MIB, max_model_len=64)
+    plan, info = plan_memory(asked), build_runner(asked).info
+    assert (plan.weight_bytes, plan.kv_cache_bytes) == (info.weight_bytes, info.kv_cache_bytes)
+    assert plan.activation_bytes > CACHE_BYTES

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lmserve.errors import InvalidRequest, RequestError, UnsupportedField
-from lmserve.service.messages import normalize_messages
+from lmserve.service.messages import ImagePart, PartStyle, normalize_messages
 
 
 def one(message: dict[str, Any], template: str = "") -> dict[str, Any]:
@@ -96,3 +96,51 @@ def test_a_call_written_the_old_way_is_a_tool_call() -> None:
     message = one({"role": "assistant", "content": None, "function_call": call})
     assert "function_call" not in message
     assert message["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+
+
+URL = "data:image/png;base64,AAAA"
+
+
+def seen(content: object, style: PartStyle = "either") -> tuple[object, list[ImagePart]]:
+    """The content as the template gets it, and the images."""
+    found = normalize_messages([{"role": "user", "content": content}], "", style, no_images=None)
+    return found.messages[0]["content"], found.images
+
+
+def test_images_leave_a_place_in_their_order() -> None:
+    text = {"type": "text", "text": "a"}
+    content = [text, {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}, "b"]
+    content.append({"type": "image_url", "image_url": "http://x/y"})
+    parts, images = seen(content)
+    assert parts == [text, {"type": "image"}, {"type": "text", "text": "b"}, {"type": "image"}]
+    assert images == [
+        ImagePart("messages[0].content[1].image_url.url", URL, "low"),
+        ImagePart("messages[0].content[3].image_url", "http://x/y", "auto"),
+    ]
+
+
+def test_contents_in_the_style_that_the_template_reads() -> None:
+    assert seen("a", "either") == ("a", [])
+    assert seen("a", "parts") == ([{"type": "text", "text": "a"}], [])
+    assert seen(None, "parts") == ([{"type": "text", "text": ""}], [])
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert seen(parts, "either") == seen(parts, "parts") == (parts, [])
+    assert seen(parts, "text") == ("a\nb", [])
+
+
+@pytest.mark.parametrize(
+    ("part", "style", "no_images", "words"),
+    [
+        ({"image_url": {"url": URL}}, "either", "this model reads text only", "but this model reads text only"),
+        ({"image_url": {"url": URL}}, "text", None, "has no place for one"),
+        ({"image_url": {}}, "parts", None, "url is required"),
+        ({"image_url": None}, "parts", None, "url is required"),
+        ({"image_url": {"url": URL, "detail": "x"}}, "parts", None, "detail must be one of auto, low, high"),
+    ],
+)
+def test_images_that_are_refused(part: dict[str, Any], style: PartStyle, no_images: str | None, words: str) -> None:
+    message = {"role": "user", "content": [{"type": "image_url", **part}]}
+    with pytest.raises(RequestError, match=words) as caught:
+        normalize_messages([message], "", style, no_images)
+    assert caught.value.param is not None
+    assert caught.value.param.startswith("messages[0].content[0]")
