@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ CPU = torch.device("cpu")
 
 # (tokens in the cache already, new tokens): decodes of several lengths, whole prompts, chunks behind a prefix
 MIXED = ((0, 7), (11, 1), (3, 1), (64, 1), (70, 1), (16, 5), (0, 1), (9, 2))
+# the same, and where each has images: within a step, at its end, cached up to the middle, to the last token, before and
+# behind the step, and none
+WITH_IMAGES = ((0, 20), (6, 10), (9, 1), (3, 15), (70, 4), (11, 1), (0, 7))
+IMAGES = (((3, 9), (12, 20)), ((2, 11),), ((4, 10),), ((0, 8), (9, 12), (20, 30)), ((60, 72),), ((2, 8),), ())
 SCALING = 0.3
 
 
@@ -45,6 +50,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     scattered: bool = True,
     seed: int = 0,
+    images: tuple[tuple[tuple[int, int], ...], ...] = (),
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,18 +64,25 @@ def make_case(
     )
     order = torch.randperm(NUM_BLOCKS, generator=generator).tolist() if scattered else list(range(NUM_BLOCKS))
     spans, new_k, new_v, contents, row = [], [], [], [], 0
-    for cached, new in sequences:
+    for (cached, new), runs in zip_longest(sequences, images, fillvalue=()):
         total = cached + new
         table, order = order[: math.ceil(total / BLOCK_SIZE)], order[math.ceil(total / BLOCK_SIZE) :]
         k, v = random(total, kv_heads, key_size), random(total, kv_heads, value_size)
         slots = torch.tensor([table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(total)])
         cache.k[slots], cache.v[slots] = k, v
-        spans.append(Span(row, new, total, table))
+        spans.append(Span(row, new, total, table, runs))
         new_k.append(k[cached:])
         new_v.append(v[cached:])
         contents.append((k, v))
         row += new
     return Case(random(row, heads, key_size), torch.cat(new_k), torch.cat(new_v), cache, spans, contents)
+
+
+def seen_from(position: int, span: Span, window: int | None) -> list[int]:
+    """What stands before it and its own image, as far as the window goes back."""
+    [together] = [range(*image) for image in span.images if position in range(*image)] or [range(0)]
+    first = 0 if window is None else max(0, position - window + 1)
+    return [key for key in range(first, span.kv_len) if key <= position or key in together]
 
 
 def expected(case: Case, options: LayerOptions) -> Tensor:
@@ -80,16 +93,15 @@ def expected(case: Case, options: LayerOptions) -> Tensor:
         group = heads // k.shape[1]
         for i in range(span.q_len):
             position = span.kv_len - span.q_len + i
-            first = 0 if options.window is None else max(0, position - options.window + 1)
-            last = max([position + 1, *(end for start, end in span.images if start <= position < end)])
+            seen = seen_from(position, span, options.window)
             for h in range(heads):
-                keys = k[first:last, h // group].double()
+                keys = k[seen, h // group].double()
                 scores = keys @ case.q[span.row + i, h].double() * options.scaling
                 if options.softcap is not None:
                     scores = options.softcap * torch.tanh(scores / options.softcap)
                 weights = scores.exp()
                 total = weights.sum() + (0 if options.sinks is None else options.sinks[h].double().exp())
-                out[span.row + i, h] = (weights / total) @ v[first:last, h // group].double()
+                out[span.row + i, h] = (weights / total) @ v[seen, h // group].double()
     return out
 
 
@@ -122,12 +134,31 @@ def test_mixed_step(name: str, options: LayerOptions, scattered: bool) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("name", BACKENDS)
-def test_tokens_of_an_image_see_each_other(name: str, options: LayerOptions) -> None:
-    """A window goes before that. A chunk may begin inside an image whose beginning was found in the cache."""
-    case = make_case(((0, 20), (0, 9), (5, 11), (8, 8), (30, 1), (3, 4)))
-    images = (((2, 12), (12, 19)), ((0, 9),), ((3, 14),), ((4, 8),), ((10, 20),), ())
-    case.spans = [replace(span, images=runs) for span, runs in zip(case.spans, images, strict=True)]
-    torch.testing.assert_close(run(name, case, options).double(), expected(case, options), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("scattered", [True, False], ids=["scattered", "adjacent"])
+def test_tokens_of_an_image_see_each_other(name: str, options: LayerOptions, scattered: bool) -> None:
+    case = make_case(WITH_IMAGES, scattered=scattered, images=IMAGES)
+    found = run(name, case, options).double()
+    torch.testing.assert_close(found, expected(case, options), rtol=1e-5, atol=1e-5)
+    if options.window != 1:
+        blind = make_case(WITH_IMAGES, scattered=scattered)
+        assert not torch.allclose(found, expected(blind, options), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("window", [None, 6])
+def test_where_a_prefix_of_an_image_was_cached_makes_no_difference(name: str, window: int | None) -> None:
+    options = LayerOptions(SCALING, window)
+    whole = make_case(((0, 20),), images=(((5, 17),),))
+    expected_rows = run(name, whole, options)
+    for cached in range(1, 20):
+        [span] = whole.spans
+        rest = Case(
+            *(rows[cached:] for rows in (whole.q, whole.k, whole.v)),
+            whole.cache,
+            [Span(0, 20 - cached, 20, span.block_table, span.images)],
+            whole.sequences,
+        )
+        torch.testing.assert_close(run(name, rest, options), expected_rows[cached:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
