@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 
 from lmserve.runtime.interface import StepInput
 from tests.images.tiny_vlms import FAMILIES, assistant, pictures, user
-from tests.runtime.vision.chats import Case, Family, chats, run
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    @cache
-    def find(name: str) -> tuple[Family, dict[str, Case]]:
-        family = Family(tmp_path_factory.mktemp(name), name)
-        return family, {chat: family.case(messages) for chat, messages in chats().items()}
-
-    return find
+from tests.runtime.vision.chats import Case, run
+from tests.runtime.vision.conftest import Families
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_alone(name: str, families: Any) -> None:
+def test_alone(name: str, families: Families) -> None:
     family, cases = families(name)
     engine = family.engine()
     for case in cases.values():
@@ -31,7 +21,7 @@ def test_alone(name: str, families: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_together_whole_and_in_chunks(name: str, families: Any) -> None:
+def test_together_whole_and_in_chunks(name: str, families: Families) -> None:
     """Chunks end inside pictures whose tokens see only what stands before, never in those that see each other."""
     family, cases = families(name)
     mixed = [*cases.values(), *cases.values()]
@@ -62,7 +52,7 @@ def _watch_cuts(runner: Any, cases: dict[str, Case]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_next_turn_encodes_only_the_new_picture(name: str, families: Any) -> None:
+def test_the_next_turn_encodes_only_the_new_picture(name: str, families: Families) -> None:
     family, _ = families(name)
     some = pictures()
     first = [user(some["disc"].convert("RGB"), "one")]
@@ -79,7 +69,7 @@ def test_the_next_turn_encodes_only_the_new_picture(name: str, families: Any) ->
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "gemma3", "smolvlm"])
-def test_the_same_tokens_with_another_picture_share_nothing_from_it_on(name: str, families: Any) -> None:
+def test_the_same_tokens_with_another_picture_share_nothing_from_it_on(name: str, families: Families) -> None:
     family, _ = families(name)
     some = pictures()
     red = some["red"].convert("RGB")
@@ -94,7 +84,7 @@ def test_the_same_tokens_with_another_picture_share_nothing_from_it_on(name: str
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_computed_again_after_losing_their_blocks(name: str, families: Any) -> None:
+def test_computed_again_after_losing_their_blocks(name: str, families: Families) -> None:
     """What a preemption does: prompt and answer so far are computed anew, pictures too, and no cached block helps."""
     family, cases = families(name)
     mixed = list(cases.values())
@@ -105,7 +95,7 @@ def test_computed_again_after_losing_their_blocks(name: str, families: Any) -> N
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl", "gemma3", "idefics3"])
-def test_with_pauses_and_several_choices(name: str, families: Any) -> None:
+def test_with_pauses_and_several_choices(name: str, families: Families) -> None:
     family, cases = families(name)
     engine = family.engine(max_batched_tokens=64)
     mixed = list(cases.values())
@@ -114,7 +104,7 @@ def test_with_pauses_and_several_choices(name: str, families: Any) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
 @pytest.mark.parametrize("name", ["qwen3-vl", "gemma3"])
-def test_every_backend(name: str, backend: str, families: Any) -> None:
+def test_every_backend(name: str, backend: str, families: Families) -> None:
     family, cases = families(name)
     engine = family.engine(attention_backend=backend, max_batched_tokens=24)
     mixed = list(cases.values())
@@ -122,7 +112,7 @@ def test_every_backend(name: str, backend: str, families: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_in_half_precision_images_are_still_seen_rightly(name: str, families: Any) -> None:
+def test_in_half_precision_images_are_still_seen_rightly(name: str, families: Families) -> None:
     family, cases = families(name)
     engine = family.engine(dtype="bfloat16")
     assert engine._runner.info.images == ("whole" if name == "gemma3" else "causal")
