@@ -1,56 +1,181 @@
-"""What is found out about a model's way with images before it is given any."""
+"""A model that does not see images here as it does in transformers is found out, and serves text all the same."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from lmserve.config import ModelConfig
-from lmserve.images.processor import ImageProcessor
-from lmserve.runtime.build import build_runner
-from lmserve.runtime.model_runner import PackedModelRunner
-from lmserve.runtime.vision import layout
-from tests.images.tiny_vlms import FAMILIES, write_tiny_vlm
+from lmserve.engine.core import EngineCore
+from lmserve.images.processor import ImageFeatures, ImageProcessor
+from lmserve.runtime.build import assemble_runner
+from lmserve.runtime.packed_lane import PackedLane
+from lmserve.runtime.vision.encoder import EncodedImage, ImageEncoder
+from lmserve.runtime.vision.layout import PromptLayout, PromptReader
+from tests.images.tiny_vlms import FAMILIES
+from tests.runtime.tiny_models import build_tiny
+from tests.runtime.vision.chats import Case, Family, run
+from tests.runtime.vision.conftest import Families
+
+ALL_SEE = ("gemma3",)
+"""Families in which the tokens of an image see each other."""
 
 
-def build(folder: Path, family: str) -> PackedModelRunner:
-    write_tiny_vlm(folder / family, family)
-    config = ModelConfig(model=str(folder / family), kv_cache_memory=2**24, max_model_len=640, dtype="float32")
-    return build_runner(config)
+def assert_refuses_images_and_serves_text(engine: EngineCore, cases: dict[str, Case], *reasons: str) -> None:
+    info = engine._runner.info
+    assert info.images == "none"
+    for reason in reasons:
+        assert reason in info.no_images
+    assert run(engine, [cases["text"]]) == [cases["text"].answer]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_the_tokens_of_an_image_see(family: str, tmp_path: Path) -> None:
-    info = build(tmp_path, family).info
-    assert (info.images, info.no_images) == ("whole" if family == "gemma3" else "causal", "")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_the_tokens_of_an_image_see_is_found_out(name: str, families: Families) -> None:
+    family, _ = families(name)
+    info = family.engine()._runner.info
+    assert info.images == ("whole" if name in ALL_SEE else "causal")
+    assert info.no_images == ""
 
 
-def test_a_model_that_sees_otherwise_serves_text_and_says_why_no_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def scaled(factor: float) -> Callable[[EncodedImage], EncodedImage]:
+    return lambda image: replace(image, rows=image.rows * factor)
+
+
+def first_row_lost(image: EncodedImage) -> EncodedImage:
+    return replace(image, rows=torch.cat([torch.zeros_like(image.rows[:1]), image.rows[1:]]))
+
+
+def turned_round(image: EncodedImage) -> EncodedImage:
+    return replace(image, rows=image.rows.flip(0))
+
+
+@pytest.mark.parametrize("change", [scaled(0.0), scaled(1.1), first_row_lost, turned_round])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_rows_that_are_not_those_of_the_forward(
+    name: str, change: Callable[[EncodedImage], EncodedImage], families: Families, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if its forward did something with an image's rows that ours knows nothing of."""
-    monkeypatch.setattr(layout.ImageRows, "values", lambda rows: 0.7 * torch.cat([i.rows for i in rows.images]))
-    info = build(tmp_path, "llava").info
-    assert info.images == "none"
-    assert "logits with images differ from the stock ones" in info.no_images
+    family, cases = families(name)
+    encode = ImageEncoder.encode_features
+    monkeypatch.setattr(ImageEncoder, "encode_features", lambda self, features: change(encode(self, features)))
+    assert_refuses_images_and_serves_text(family.engine(), cases, "differ from the stock ones by", "is allowed")
 
 
-def test_a_processor_that_fails_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise ValueError("no picture for you")
+def test_an_encoder_in_which_images_in_company_are_others(families: Families, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it normalized over all that it is given: an image alone would not be what it is in the prompt."""
+    family, cases = families("llava")
+    inner: Any = type(family.model.model)
+    stock = inner.get_image_features
 
-    monkeypatch.setattr(ImageProcessor, "process", fail)
-    info = build(tmp_path, "qwen2-vl").info
-    assert info.images == "none"
-    assert "no picture for you" in info.no_images
+    @functools.wraps(stock)
+    def blended(self: Any, *args: Any, **arguments: Any) -> Any:
+        output = stock(self, *args, **arguments)
+        rows = output.pooler_output
+        mean = torch.stack([each.mean(0) for each in rows]).mean(0)
+        output.pooler_output = [each - mean for each in rows]
+        return output
+
+    monkeypatch.setattr(inner, "get_image_features", blended)
+    assert_refuses_images_and_serves_text(family.engine(), cases, "differ from the stock ones by")
 
 
-def test_a_folder_without_a_processor_serves_text(tmp_path: Path) -> None:
-    folder = write_tiny_vlm(tmp_path / "model", "gemma3")
-    (folder / "preprocessor_config.json").unlink()
-    info = build_runner(ModelConfig(model=str(folder), kv_cache_memory=2**24, max_model_len=640)).info
-    assert info.images == "none"
-    assert info.no_images.startswith("its image processor cannot be loaded")
+def without_grid(self: PromptReader, ids: Any, placeholders: Any, grids: Any) -> Any:
+    """Positions as in text."""
+    return torch.arange(len(ids)).expand(3, -1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "other"),
+    [
+        (PromptReader, "grid_positions", without_grid),
+        (PackedLane, "_pass_deep_features", lambda self: None),
+    ],
+    ids=["positions", "deepstack"],
+)
+def test_a_part_of_qwen3_vl_that_is_left_out(
+    owner: type, name: str, other: Any, families: Families, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, cases = families("qwen3-vl")
+    monkeypatch.setattr(owner, name, other)
+    assert_refuses_images_and_serves_text(family.engine(), cases, "differ from the stock ones by")
+
+
+def test_images_whose_tokens_would_have_to_see_each_other(families: Families, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, cases = families("gemma3")
+    read = PromptReader.read
+    monkeypatch.setattr(PromptReader, "read", lambda *args, **more: _blind(read(*args, **more)))
+    assert_refuses_images_and_serves_text(family.engine(), cases, "differ from the stock ones by")
+
+
+def _blind(layout: PromptLayout) -> PromptLayout:
+    return replace(layout, runs=())
+
+
+def test_a_model_whose_encoder_fails(families: Families, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, cases = families("llava")
+
+    def get_image_features(self: Any, pixel_values: Any) -> Any:
+        raise NotImplementedError("not here")
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "get_image_features", get_image_features)
+    assert_refuses_images_and_serves_text(
+        family.engine(), cases, "its way with images is another: NotImplementedError: not here"
+    )
+
+
+def test_a_model_without_an_encoder_of_its_own(families: Families, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, cases = families("qwen3-vl")
+    monkeypatch.delattr(Qwen3VLForConditionalGeneration, "get_image_features")
+    assert_refuses_images_and_serves_text(family.engine(), cases, "its way with images is another: AttributeError")
+
+
+def test_a_processor_that_fails(families: Families, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, cases = families("llava")
+
+    def process(self: ImageProcessor, image: Any) -> ImageFeatures:
+        raise ValueError("no picture is good enough")
+
+    monkeypatch.setattr(ImageProcessor, "process", process)
+    assert_refuses_images_and_serves_text(family.engine(), cases, "ValueError: no picture is good enough")
+
+
+def test_a_processor_that_writes_more_for_images_in_company(
+    families: Families, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, cases = families("llava")
+    process = ImageProcessor.process
+
+    def one_less(self: ImageProcessor, image: Any) -> ImageFeatures:
+        found = process(self, image)
+        return replace(found, num_placeholders=found.num_placeholders - 1)
+
+    monkeypatch.setattr(ImageProcessor, "process", one_less)
+    assert_refuses_images_and_serves_text(family.engine(), cases, "another number of placeholders")
+
+
+def test_a_folder_without_a_processor(families: Families, tmp_path: Path) -> None:
+    family, cases = families("llava")
+    for file in family.folder.iterdir():
+        if file.name not in {"preprocessor_config.json", "processor_config.json"}:
+            (tmp_path / file.name).symlink_to(file)
+    elsewhere = Family.__new__(Family)
+    elsewhere.folder, elsewhere.model = tmp_path, family.model
+    assert_refuses_images_and_serves_text(elsewhere.engine(), cases, "image processor")
+
+
+def test_a_cache_too_small_for_two_pictures(families: Families) -> None:
+    family, cases = families("llava")
+    kv_tokens = len(cases["text"].token_ids) // 4 * 4 + 16
+    assert_refuses_images_and_serves_text(family.engine(kv_tokens=kv_tokens), cases, "too small for two small images")
+
+
+def test_a_model_for_text_only_has_no_reason() -> None:
+    config = ModelConfig(model="tiny", kv_cache_memory=2**20, max_model_len=64, block_size=4)
+    info = assemble_runner(build_tiny("llama"), config, torch.float32).info
+    assert (info.images, info.no_images) == ("none", "")
