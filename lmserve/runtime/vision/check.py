@@ -63,20 +63,25 @@ def check_images(
             stock = model(**sample.stock, use_cache=False).logits[0].float()
         encoder = ImageEncoder(model)
         encoded = [encoder.encode_features(features) for features in sample.features]
-        errors = []
-        for reading in ("causal", "whole"):
-            reader = PromptReader(model, ImageEncoder(model), whole=reading == "whole")
+        readings: dict[ImageReading, PromptReader] = {
+            "causal": PromptReader(model, ImageEncoder(model), whole=False),
+            "whole": PromptReader(model, ImageEncoder(model), whole=True),
+        }
+        errors: dict[ImageReading, float] = {}
+        for reading, reader in readings.items():
             ours = _run(lane, reader, sample, encoded, block_size)
-            errors.append(((ours - stock).abs().mean() / stock.std()).item())
-            if errors[-1] <= TOLERANCE[dtype]:
-                return ImageCheck(reading, reader)
+            errors[reading] = ((ours - stock).abs().mean() / stock.std()).item()
     except UnsupportedModel as error:
         return ImageCheck("none", reason=str(error))
     except Exception as error:  # whatever its own code makes of it: text is served all the same
         return ImageCheck("none", reason=f"its way with images is another: {type(error).__name__}: {error}")
+    # The nearer one: half precision allows so much that in some models either would pass.
+    best = min(errors, key=errors.__getitem__)
+    if errors[best] <= TOLERANCE[dtype]:
+        return ImageCheck(best, readings[best])
     return ImageCheck(
         "none",
-        reason=f"its logits with images differ from the stock ones by {min(errors):.2g} of their spread, "
+        reason=f"its logits with images differ from the stock ones by {errors[best]:.2g} of their spread, "
         f"{TOLERANCE[dtype]:.2g} is allowed",
     )
 

@@ -17,6 +17,7 @@ from lmserve.engine.core import EngineCore
 from lmserve.images.processor import ImageFeatures, ImageProcessor
 from lmserve.runtime.build import assemble_runner
 from lmserve.runtime.packed_lane import PackedLane
+from lmserve.runtime.self_check import TOLERANCE
 from lmserve.runtime.vision.encoder import EncodedImage, ImageEncoder
 from lmserve.runtime.vision.layout import PromptLayout, PromptReader
 from tests.images.tiny_vlms import FAMILIES
@@ -42,6 +43,15 @@ def test_what_the_tokens_of_an_image_see_is_found_out(name: str, families: Famil
     info = family.engine()._runner.info
     assert info.images == ("whole" if name in ALL_SEE else "causal")
     assert info.no_images == ""
+
+
+@pytest.mark.parametrize("name", ["gemma3", "smolvlm"])
+def test_of_two_readings_that_would_pass_the_nearer_one_is_taken(
+    name: str, families: Families, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, _ = families(name)
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1.0)
+    assert family.engine()._runner.info.images == ("whole" if name in ALL_SEE else "causal")
 
 
 def scaled(factor: float) -> Callable[[EncodedImage], EncodedImage]:
