@@ -215,6 +215,8 @@ class EngineCore:
             return f"The prompt has {len(prompt)} tokens, and one request can have {self._max_tokens} with its output."
         if message.images and self._runner.info.images == "none":
             return "The model reads no images."
+        if message.images and sampling.prompt_logprobs is not None:
+            return "There are no log-probabilities of a prompt with images."
         return None
 
     def _make_request(self, message: AddRequest, choice: int, cache_root: bytes) -> Request:

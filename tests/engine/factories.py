@@ -10,9 +10,9 @@ from lmserve.engine.messages import AddRequest
 from lmserve.engine.request import Request
 from lmserve.engine.scheduler import MAX_PROMPT_LOGPROBS, SchedulerConfig
 from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
-from lmserve.runtime.interface import RunnerInfo
+from lmserve.runtime.interface import PromptImage, RunnerInfo
 from lmserve.sampling_params import SamplingParams
-from tests.engine.fake_runner import EOS, FakeRunner, digest, next_token, prompt_logprob
+from tests.engine.fake_runner import EOS, FakeRunner, digest, next_token, prompt_digests, prompt_logprob
 
 
 def make_request(
@@ -23,6 +23,7 @@ def make_request(
     priority: int = 0,
     first_token: int = 0,
     sampling: SamplingParams | None = None,
+    images: tuple[PromptImage, ...] = (),
 ) -> Request:
     """A request whose prompt counts up from ``first_token``: equal ``first_token``, equal beginning."""
     return Request(
@@ -33,6 +34,7 @@ def make_request(
         eos_token_ids=(EOS,),
         priority=priority,
         arrival=arrival,
+        images=images,
     )
 
 
@@ -44,6 +46,7 @@ def make_config(
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
+        whole_images=info.images == "whole",
         prefix_caching=prefix_caching,
         max_num_prompt_logprobs=max_num_prompt_logprobs,
     )
@@ -87,12 +90,7 @@ def expected_prompt_logprobs(message: AddRequest, choice: int) -> list[TokenLogp
     """What a choice gets for its prompt: one entry for each token but the first, if it is the one that reports them."""
     if message.sampling.prompt_logprobs is None or choice > 0:
         return []
-    first, *others = message.prompt_token_ids
-    prefix, entries = digest(0, first), []
-    for token_id in others:
-        prefix = digest(prefix, token_id)
-        entries.append(prompt_logprob(prefix))
-    return entries
+    return [prompt_logprob(prefix) for prefix in prompt_digests(message.prompt_token_ids, message.images)[2:]]
 
 
 def expected_output(message: AddRequest, choice: int, limit: int) -> tuple[list[int], FinishReason]:
@@ -100,9 +98,7 @@ def expected_output(message: AddRequest, choice: int, limit: int) -> tuple[list[
     sampling = message.sampling
     eos = () if sampling.ignore_eos else tuple(message.eos_token_ids)
     held_back = frozenset((*sampling.stop_token_ids, *message.eos_token_ids))
-    prefix = 0
-    for token_id in message.prompt_token_ids:
-        prefix = digest(prefix, token_id)
+    prefix = prompt_digests(message.prompt_token_ids, message.images)[-1]
     output: list[int] = []
     while len(output) < sampling.max_tokens and len(message.prompt_token_ids) + len(output) < limit:
         token_id = next_token(prefix, sampling, choice, held_back, len(output))

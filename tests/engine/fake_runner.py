@@ -6,14 +6,18 @@ prefix there, and a block that is shared wrongly, written twice, stale or left o
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 from lmserve.outputs import TokenLogprobs
 from lmserve.runtime.interface import (
     FatalRunnerError,
+    ImageReading,
     NewSequence,
+    PromptImage,
     RunnerInfo,
     ScheduledChunk,
     StepInput,
@@ -43,6 +47,15 @@ def digest(prefix: int, token_id: int) -> int:
     return (prefix * 1_000_003 + token_id + 1) % (2**61 - 1)
 
 
+def prompt_digests(token_ids: Sequence[int], images: Sequence[PromptImage] = ()) -> list[int]:
+    """Of every prefix, the empty one first. An image counts, whatever tokens stand for it."""
+    seen = list(token_ids)
+    for image in images:
+        for position in range(image.start, image.end):
+            seen[position] = VOCAB_SIZE + zlib.crc32(f"{image.content} {position - image.start}".encode())
+    return list(accumulate(seen, digest, initial=0))
+
+
 def next_token(prefix: int, sampling: SamplingParams, choice: int, ends: frozenset[int], num_output: int) -> int:
     """The token that follows a prefix: arbitrary, the same for equal arguments, and no end before ``min_tokens``."""
     token_id = (prefix ^ (sampling.seed * 7_919 + choice * 104_729)) * 2_654_435_761 % 4_294_967_291 % VOCAB_SIZE
@@ -63,6 +76,7 @@ def make_info(
     max_model_len: int = 64,
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 32,
+    images: ImageReading = "none",
 ) -> RunnerInfo:
     """What the fake model says of itself."""
     return RunnerInfo(
@@ -80,6 +94,7 @@ def make_info(
         kv_cache_bytes=0,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        images=images,
     )
 
 
@@ -87,19 +102,14 @@ def make_info(
 class _Sequence:
     new: NewSequence
     token_ids: list[int]
-    digests: list[int] = field(default_factory=lambda: [0])
-    """Of every prefix, the empty one first."""
+    digests: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._extend_digests()
+        self.digests = prompt_digests(self.token_ids, self.new.images)
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
-        self._extend_digests()
-
-    def _extend_digests(self) -> None:
-        for token_id in self.token_ids[len(self.digests) - 1 :]:
-            self.digests.append(digest(self.digests[-1], token_id))
+        self.digests.append(digest(self.digests[-1], token_id))
 
     def sample(self) -> int:
         sampling = self.new.sampling
@@ -133,6 +143,7 @@ class FakeRunner:
         self._check_shape(step)
         for new in step.new_sequences:
             self._sequences[new.slot] = _Sequence(new, list(new.token_ids))
+        self._check_budget(step)
         for chunk in step.chunks:
             self._check_chunk(chunk)
         if moment == "launch":
@@ -176,12 +187,21 @@ class FakeRunner:
         slots = [chunk.slot for chunk in step.chunks]
         _check(bool(slots), "an empty step")
         _check(len(set(slots)) == len(slots) and set(slots) <= set(range(self.info.max_num_seqs)), f"slots {slots}")
-        _check(step.num_tokens <= self.info.max_num_batched_tokens, f"{step.num_tokens} tokens in one step")
         new_slots = [new.slot for new in step.new_sequences]
         _check(len(set(new_slots)) == len(new_slots) and set(new_slots) <= set(slots), "a new sequence without chunk")
         is_decode = [chunk.samples and chunk.num_tokens == 1 for chunk in step.chunks]
         _check(is_decode == sorted(is_decode, reverse=True), "decodes come first")
         self._check_blocks(step.chunks)
+
+    def _check_budget(self, step: StepInput) -> None:
+        """Only an image that has to be taken whole may exceed it, and then nobody comes after it."""
+        budget, last = self.info.max_num_batched_tokens, step.chunks[-1]
+        if step.num_tokens <= budget:
+            return
+        images = self._sequences[last.slot].new.images if self.info.images == "whole" else ()
+        whole = [image for image in images if image.start <= last.start < image.end == last.start + last.num_tokens]
+        within = step.num_tokens - last.num_tokens < budget
+        _check(bool(whole) and within, f"{step.num_tokens} tokens in one step")
 
     def _check_blocks(self, chunks: Sequence[ScheduledChunk]) -> None:
         """A block that one sequence writes belongs to no other."""
@@ -204,6 +224,10 @@ class FakeRunner:
             raise BadStep(f"nobody is in slot {chunk.slot}")
         num_known, end = len(sequence.token_ids), chunk.start + chunk.num_tokens
         _check(chunk.num_tokens > 0 and end <= num_known, "tokens that are not there")
+        images = sequence.new.images
+        _check(not images or self.info.images != "none", "images for a model that reads none")
+        cut = self.info.images == "whole" and any(image.start < end < image.end for image in images)
+        _check(not cut, "a step ends inside an image")
         _check(chunk.samples == (end == num_known and sequence.new.sampling.max_tokens > 0), "samples is wrong")
         for position in chunk.prompt_logprobs:
             _check(chunk.start <= position < end, "a prompt log-probability of a token that is not computed")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from lmserve.engine.core import STEP_FAILED, EngineCore
 from lmserve.engine.messages import AddRequest
 from lmserve.engine.scheduler import Scheduler
 from lmserve.outputs import FinishReason, RequestOutput
-from lmserve.runtime.interface import StepOutput
+from lmserve.runtime.interface import PromptImage, StepOutput
 from lmserve.sampling_params import SamplingParams
 from tests.engine.factories import (
     Results,
@@ -231,3 +232,14 @@ def test_a_missing_one_is_a_failed_step(caplog: pytest.LogCaptureFixture) -> Non
     [output] = engine.step()
     assert (output.finish_reason, output.error) == (FinishReason.ERROR, STEP_FAILED)
     assert "scored 8 prompt tokens for 9" in caplog.text
+
+
+def test_a_prompt_with_images_is_refused() -> None:
+    """An image that is taken whole may be longer than the rows of logits that a step has room for."""
+    engine = make_engine(FakeRunner(make_info(images="whole")))
+    images = [PromptImage(1, 9, "a", "")]
+    [output] = engine.add_request(msgspec.structs.replace(message("a", 12), images=images))
+    assert output.finish_reason is FinishReason.ERROR
+    assert output.error == "There are no log-probabilities of a prompt with images."
+    assert not output.may_retry
+    assert engine.add_request(msgspec.structs.replace(message("b", 12, prompt_logprobs=None), images=images)) == []
