@@ -5,8 +5,13 @@ import pytest
 from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.request import Request
+from lmserve.runtime.interface import PromptImage
 from lmserve.sampling_params import SamplingParams
 from tests.engine.factories import make_request
+
+
+def image(start: int, end: int, content: str = "a") -> PromptImage:
+    return PromptImage(start, end, content, "")
 
 
 def compute(kv: KVCacheManager, request: Request, num_tokens: int | None = None) -> None:
@@ -139,6 +144,49 @@ def test_a_prefix_is_pending_while_a_running_request_computes_it() -> None:
     assert not kv.prefix_is_pending(second), "the third block holds its last token, which it has to compute itself"
     assert not kv.prefix_is_pending(make_request(12, first_token=1))
     kv.check_integrity([first])
+
+
+@pytest.mark.parametrize(
+    ("others", "num_shared"),
+    [
+        ((image(6, 10), image(13, 15, "b")), 5),  # the same
+        ((image(6, 10), image(13, 15, "c")), 3),
+        ((image(6, 10), image(14, 15, "b")), 3),
+        ((image(6, 10),), 3),
+        ((image(6, 10, "b"), image(13, 15, "b")), 1),
+        ((image(7, 10), image(13, 15, "b")), 1),
+        ((image(13, 15, "b"),), 1),
+        ((), 1),
+        ((image(3, 4), image(6, 10), image(13, 15, "b")), 0),
+        ((image(6, 10), image(13, 15, "b"), image(20, 21, "c")), 5),  # in the block that is not shared anyway
+    ],
+)
+def test_a_prefix_is_shared_up_to_the_first_image_that_is_another(
+    others: tuple[PromptImage, ...], num_shared: int
+) -> None:
+    kv = KVCacheManager(32, 4)
+    first = make_request(21, images=(image(6, 10), image(13, 15, "b")))
+    second = make_request(21, name="second", images=others)
+    assert kv.admit(first)
+    assert kv.prefix_is_pending(second) == (num_shared > 0), "nobody waits for another one's image"
+    compute(kv, first)
+    assert kv.admit(second)
+    assert second.num_computed_tokens == 4 * num_shared
+    assert second.block_table[:num_shared] == first.block_table[:num_shared]
+
+
+def test_output_behind_an_image_is_shared_with_those_who_have_seen_it() -> None:
+    kv = KVCacheManager(32, 4)
+    first = make_request(6, images=(image(1, 3),))
+    assert kv.admit(first)
+    compute(kv, first)
+    first.output_token_ids += [6, 7, 8]
+    assert kv.grow(first)
+    compute(kv, first, 8)
+    for content, num_computed in (("a", 8), ("b", 0)):
+        second = make_request(9, name=content, images=(image(1, 3, content),))
+        assert kv.admit(second)
+        assert second.num_computed_tokens == num_computed
 
 
 def test_nobody_waits_for_one_that_is_gone() -> None:

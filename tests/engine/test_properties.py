@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -17,12 +19,13 @@ from lmserve.engine.messages import AddRequest, Cancel, Pause, Resume
 from lmserve.engine.request import Request, RequestStatus
 from lmserve.engine.scheduler import Scheduler, SchedulerOutput, max_request_tokens
 from lmserve.outputs import FinishReason
-from lmserve.runtime.interface import RunnerInfo
+from lmserve.runtime.interface import ImageReading, PromptImage, RunnerInfo
 from lmserve.sampling_params import SamplingParams
 from tests.engine.factories import Results, expected_output, expected_prompt_logprobs, make_config, make_engine
 from tests.engine.fake_runner import EOS, VOCAB_SIZE, FakeRunner, Faults, Moment, OutOfMemoryError, make_info
 
 MAX_STEPS_PER_REQUEST = 200
+READINGS = get_args(ImageReading)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,10 +77,13 @@ def make_messages(rng: random.Random, count: int, info: RunnerInfo) -> list[AddR
     """Requests that fit. Many begin alike, because what they share is what can go wrong."""
     limit = max_request_tokens(info)
     stems = [[rng.randrange(VOCAB_SIZE) for _ in range(limit)] for _ in range(3)]
+    places = make_places(rng, limit)
     messages = []
     for i in range(count):
         stem = rng.choice(stems)[: rng.randint(0, limit - 1)]
         tail = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 3))]
+        prompt = (stem + tail)[: limit - 1] or [0]
+        images = [] if info.images == "none" else make_images(rng, places, len(prompt))
         max_tokens = rng.randint(0, 20)
         sampling = SamplingParams(
             max_tokens=max_tokens,
@@ -86,11 +92,22 @@ def make_messages(rng: random.Random, count: int, info: RunnerInfo) -> list[AddR
             min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.2 else 0,
             ignore_eos=rng.random() < 0.5,
             stop_token_ids=(rng.randrange(VOCAB_SIZE),) if rng.random() < 0.2 else (),
-            prompt_logprobs=rng.choice((None, None, 0, 5)),
+            prompt_logprobs=None if images else rng.choice((None, None, 0, 5)),
         )
-        prompt = (stem + tail)[: limit - 1] or [0]
-        messages.append(AddRequest(str(i), prompt, sampling, [EOS], rng.choice((0, 0, 0, -1, 1))))
+        messages.append(AddRequest(str(i), prompt, sampling, [EOS], rng.choice((0, 0, 0, -1, 1)), images))
     return messages
+
+
+def make_places(rng: random.Random, limit: int) -> list[tuple[int, int]]:
+    """Where images may stand, some side by side."""
+    edges = sorted(rng.sample(range(limit + 1), min(limit, 7)))
+    return [place for place in pairwise(edges) if rng.random() < 0.7]
+
+
+def make_images(rng: random.Random, places: list[tuple[int, int]], num_tokens: int) -> list[PromptImage]:
+    """One of two in each place that the prompt has, or none."""
+    chosen = [(start, end, rng.choice(("a", "a", "b", ""))) for start, end in places if end <= num_tokens]
+    return [PromptImage(start, end, content, "") for start, end, content in chosen if content]
 
 
 def make_faults(rng: random.Random, count: int) -> Faults:
@@ -155,8 +172,12 @@ def check_results(
 
 @pytest.mark.slow
 @settings(max_examples=2_000, deadline=None)
-@given(st.randoms(use_true_random=False), st.integers(1, 8), st.booleans(), st.integers(0, 3))
-def test_small_lives(rng: random.Random, num_requests: int, prefix_caching: bool, num_faults: int) -> None:
+@given(
+    st.randoms(use_true_random=False), st.integers(1, 8), st.booleans(), st.integers(0, 3), st.sampled_from(READINGS)
+)
+def test_small_lives(
+    rng: random.Random, num_requests: int, prefix_caching: bool, num_faults: int, images: ImageReading
+) -> None:
     """Short enough to be read when hypothesis has found one that fails."""
     info = make_info(
         num_blocks=rng.randint(2, 16),
@@ -164,14 +185,16 @@ def test_small_lives(rng: random.Random, num_requests: int, prefix_caching: bool
         max_model_len=rng.randint(2, 30),
         max_num_seqs=rng.randint(1, 5),
         max_num_batched_tokens=rng.randint(1, 20),
+        images=images,
     )
     live(rng, info, num_requests, make_faults(rng, num_faults), prefix_caching=prefix_caching)
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize("num_faults", [0, 12])
-@pytest.mark.parametrize("seed", range(12))
-def test_long_lives(seed: int, num_faults: int, prefix_caching: bool) -> None:
+@pytest.mark.parametrize("images", READINGS)
+@pytest.mark.parametrize("seed", range(6))
+def test_long_lives(seed: int, images: ImageReading, num_faults: int, prefix_caching: bool) -> None:
     rng = random.Random(seed)
     info = make_info(
         num_blocks=rng.randint(12, 30),
@@ -179,5 +202,6 @@ def test_long_lives(seed: int, num_faults: int, prefix_caching: bool) -> None:
         max_model_len=40,
         max_num_seqs=rng.randint(6, 16),
         max_num_batched_tokens=rng.randint(8, 48),
+        images=images,
     )
     assert live(rng, info, 150, make_faults(rng, num_faults), prefix_caching=prefix_caching) > 0, "it was too easy"
