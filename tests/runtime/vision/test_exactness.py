@@ -8,7 +8,7 @@ import pytest
 
 from lmserve.runtime.interface import StepInput
 from tests.images.tiny_vlms import FAMILIES, assistant, pictures, user
-from tests.runtime.vision.chats import Case, run
+from tests.runtime.vision.chats import BLOCK_SIZE, Case, run
 from tests.runtime.vision.conftest import Families
 
 
@@ -83,6 +83,23 @@ def test_the_same_tokens_with_another_picture_share_nothing_from_it_on(name: str
     assert engine.stats.num_encoded_images == 2
 
 
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("name", ["qwen3-vl", "gemma3"])
+def test_two_requests_at_once_share_an_image(name: str, prefix_caching: bool, families: Families) -> None:
+    """Encoded once, though one stands elsewhere in its prompt, or nothing is shared but the image."""
+    family, cases = families(name)
+    disc = pictures()["disc"].convert("RGB")
+    elsewhere = family.case([user("Something else comes before it.", disc)])
+    alone = family.case([user(disc, "one")])
+    assert alone.images[0].content == elsewhere.images[0].content
+    assert alone.images[0].start != elsewhere.images[0].start
+    mixed = [alone, elsewhere, alone, cases["text"]]
+    engine = family.engine(max_batched_tokens=24, prefix_caching=prefix_caching)
+    before = engine.stats.num_encoded_images
+    assert run(engine, mixed) == [case.answer for case in mixed]
+    assert engine.stats.num_encoded_images == before + 1
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_computed_again_after_losing_their_blocks(name: str, families: Families) -> None:
     """What a preemption does: prompt and answer so far are computed anew, pictures too, and no cached block helps."""
@@ -92,6 +109,17 @@ def test_computed_again_after_losing_their_blocks(name: str, families: Families)
     engine = family.engine(kv_tokens=(max(lengths) + 20) // 4 * 4, prefix_caching=False)  # room for one at a time
     assert run(engine, mixed, pauses=True) == [case.answer for case in mixed]
     assert engine.stats.num_prompt_tokens > sum(lengths) + max(lengths)
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "gemma3", "mistral3"])
+def test_after_preemption(name: str, families: Families) -> None:
+    """Two start in a cache that has room for the prompts and not for the answers."""
+    family, cases = families(name)
+    mixed = [cases["one"], cases["one"], cases["text"]]
+    blocks = [-(-(len(case.token_ids) + 1) // BLOCK_SIZE) for case in mixed]
+    engine = family.engine(kv_tokens=(sum(blocks[:2]) + 2) * BLOCK_SIZE, max_batched_tokens=40, prefix_caching=False)
+    assert run(engine, mixed) == [case.answer for case in mixed]
+    assert engine.stats.num_preemptions > 0
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl", "gemma3", "idefics3"])
