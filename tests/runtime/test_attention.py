@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import pytest
 import torch
@@ -64,7 +63,7 @@ def make_case(
     )
     order = torch.randperm(NUM_BLOCKS, generator=generator).tolist() if scattered else list(range(NUM_BLOCKS))
     spans, new_k, new_v, contents, row = [], [], [], [], 0
-    for (cached, new), runs in zip_longest(sequences, images, fillvalue=()):
+    for (cached, new), runs in zip(sequences, images or ((),) * len(sequences), strict=True):
         total = cached + new
         table, order = order[: math.ceil(total / BLOCK_SIZE)], order[math.ceil(total / BLOCK_SIZE) :]
         k, v = random(total, kv_heads, key_size), random(total, kv_heads, value_size)
@@ -153,7 +152,9 @@ def test_where_a_prefix_of_an_image_was_cached_makes_no_difference(name: str, wi
     for cached in range(1, 20):
         [span] = whole.spans
         rest = Case(
-            *(rows[cached:] for rows in (whole.q, whole.k, whole.v)),
+            whole.q[cached:],
+            whole.k[cached:],
+            whole.v[cached:],
             whole.cache,
             [Span(0, 20 - cached, 20, span.block_table, span.images)],
             whole.sequences,
