@@ -10,7 +10,7 @@ from lmserve.engine.messages import AddRequest, Cancel, EngineStats, Pause, Resu
 from lmserve.engine.request import Request
 from lmserve.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput, max_request_tokens
 from lmserve.outputs import FinishReason, RequestOutput
-from lmserve.runtime.interface import FatalRunnerError, ModelRunner, StepInput, StepOutput
+from lmserve.runtime.interface import FatalRunnerError, ModelRunner, SequenceFailed, StepInput, StepOutput
 
 STEP_FAILED = "The engine step that held this request failed. The request is lost; it can be sent again."
 
@@ -128,15 +128,22 @@ class EngineCore:
             FatalRunnerError: the device can no longer be trusted.
         """
         scheduled = self.scheduler.schedule()
-        if not scheduled.requests:
-            return []
-        scheduled, computed = self._run(scheduled)
-        if computed is None:
-            failed = scheduled.requests
-            outputs = [self.scheduler.finish(request, FinishReason.ERROR, STEP_FAILED) for request in failed]
-        else:
-            self._count(scheduled, computed)
-            outputs = self.scheduler.update(scheduled, computed)
+        outputs: list[RequestOutput] = []
+        while scheduled.requests:
+            try:
+                scheduled, computed = self._run(scheduled)
+            except SequenceFailed as error:
+                logger.exception("A request failed; the %d others of its step do not.", len(scheduled.requests) - 1)
+                failed = [request for request in scheduled.requests if request.slot == error.slot]
+                outputs += self._give_up(failed or scheduled.requests)
+                scheduled = self.scheduler.remaining(scheduled)
+                continue
+            if computed is None:
+                outputs += self._give_up(scheduled.requests)
+            else:
+                self._count(scheduled, computed)
+                outputs += self.scheduler.update(scheduled, computed)
+            break
         self._take_note(outputs)
         return outputs
 
@@ -152,7 +159,7 @@ class EngineCore:
         """Runs the step; None if it failed. Out of memory, the later half is put off and the rest tried once more."""
         try:
             return scheduled, self._compute(scheduled.step)
-        except FatalRunnerError:
+        except (FatalRunnerError, SequenceFailed):
             raise
         except Exception as error:
             logger.exception("An engine step of %d requests failed.", len(scheduled.requests))
@@ -161,11 +168,14 @@ class EngineCore:
         fewer = self.scheduler.halve(scheduled)
         try:
             return fewer, self._compute(fewer.step)
-        except FatalRunnerError:
+        except (FatalRunnerError, SequenceFailed):
             raise
         except Exception:
             logger.exception("It failed again with %d of its requests, which are lost.", len(fewer.requests))
             return fewer, None
+
+    def _give_up(self, requests: list[Request]) -> list[RequestOutput]:
+        return [self.scheduler.finish(request, FinishReason.ERROR, STEP_FAILED) for request in requests]
 
     def _compute(self, step: StepInput) -> StepOutput:
         self._runner.launch(step)

@@ -181,6 +181,10 @@ class Scheduler:
         """
         for request in sorted(scheduled.requests, key=_rank)[(len(scheduled.requests) + 1) // 2 :]:
             self._preempt(request)
+        return self.remaining(scheduled)
+
+    def remaining(self, scheduled: SchedulerOutput) -> SchedulerOutput:
+        """The step without the requests that run no more. The runner is told the others anew."""
         pairs = zip(scheduled.requests, scheduled.step.chunks, strict=True)
         kept = [pair for pair in pairs if pair[0].status is RequestStatus.RUNNING]
         return _scheduler_output(kept, [_new_sequence(request) for request, _ in kept])

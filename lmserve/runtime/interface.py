@@ -176,11 +176,21 @@ class FatalRunnerError(Exception):
     """The device can no longer be trusted (a CUDA error, say). The worker has to end; it is started again."""
 
 
+class SequenceFailed(Exception):
+    """One sequence of a step cannot be computed (an image of it cannot be read, say). No other was computed either."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__(f"The sequence in slot {slot} cannot be computed.")
+        self.slot = slot
+
+
 class ModelRunner(Protocol):
     """One model on its device.
 
     ``launch`` starts a step and may return before it is computed; ``collect`` waits for it. At most one step is in
-    flight. Any exception other than ``FatalRunnerError`` means that this step's sequences are lost and nothing else.
+    flight. ``SequenceFailed`` comes from ``launch`` and means that the step may be tried again without one sequence,
+    the others told anew. Any other exception than ``FatalRunnerError`` means that this step's sequences are lost and
+    nothing else.
     """
 
     @property

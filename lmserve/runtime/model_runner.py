@@ -6,6 +6,7 @@ The log-probabilities of prompts are rows of the same forward, behind those that
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,15 @@ from torch import Tensor
 
 from lmserve.outputs import TokenLogprobs
 from lmserve.runtime.attention.base import Span
-from lmserve.runtime.interface import FatalRunnerError, NewSequence, RunnerInfo, ScheduledChunk, StepInput, StepOutput
+from lmserve.runtime.interface import (
+    FatalRunnerError,
+    NewSequence,
+    RunnerInfo,
+    ScheduledChunk,
+    SequenceFailed,
+    StepInput,
+    StepOutput,
+)
 from lmserve.runtime.logprobs import RankedLogprobs, rank_logprobs
 from lmserve.runtime.packed_lane import PackedBatch, PackedLane
 from lmserve.runtime.sampler import SampledTokens, Sampler
@@ -34,7 +43,6 @@ class _Step:
     sampled: SampledTokens
     scored: RankedLogprobs | None
     """Of the chunks' prompt tokens, in the order of ``_prompt_positions``; None if nobody asked."""
-    num_encoded_images: int
 
 
 class PackedModelRunner:
@@ -66,6 +74,7 @@ class PackedModelRunner:
         self._num_top_of_prompt = [0] * info.max_num_seqs
         self._last_tokens = torch.zeros(info.max_num_seqs, dtype=torch.int64, device=self._device)
         self._in_flight: _Step | None = None
+        self._num_encoded = 0
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> None:
@@ -73,14 +82,13 @@ class PackedModelRunner:
         assert self._in_flight is None, "one step at a time"
         for sequence in step.new_sequences:
             self._take_slot(sequence)
-        num_encoded = self._num_encoded_images
         try:
             logits = self._lane.forward(self._pack(step.chunks))
         except torch.AcceleratorError as error:
             raise FatalRunnerError(str(error)) from error
         sampled = self._sample(step.chunks, logits)
         scored = self._score(step.chunks, logits)
-        self._in_flight = _Step(step.chunks, sampled, scored, self._num_encoded_images - num_encoded)
+        self._in_flight = _Step(step.chunks, sampled, scored)
 
     @torch.inference_mode()
     def collect(self) -> StepOutput:
@@ -89,11 +97,12 @@ class PackedModelRunner:
         step, self._in_flight = self._in_flight, None
         logprobs = self._logprobs(step.chunks, step.sampled)
         prompt_logprobs = self._prompt_logprobs(step)
-        return StepOutput(step.sampled.token_ids.tolist(), logprobs, prompt_logprobs, step.num_encoded_images)
+        return StepOutput(step.sampled.token_ids.tolist(), logprobs, prompt_logprobs, self._newly_encoded())
 
-    @property
-    def _num_encoded_images(self) -> int:
-        return 0 if self._images is None else self._images.encoder.num_encoded
+    def _newly_encoded(self) -> int:
+        """Images since it was asked last, those of attempts that failed included."""
+        before, self._num_encoded = self._num_encoded, 0 if self._images is None else self._images.encoder.num_encoded
+        return self._num_encoded - before
 
     def _take_slot(self, sequence: NewSequence) -> None:
         self._known_tokens[sequence.slot] = np.array(sequence.token_ids, dtype=np.int64)
@@ -102,7 +111,8 @@ class PackedModelRunner:
         if sequence.images:
             assert self._images is not None, "the engine has refused images"
             prompt = sequence.token_ids[: sequence.num_prompt_tokens]
-            self._layouts[sequence.slot] = self._images.read(prompt, sequence.images)
+            with _alone(sequence.slot):
+                self._layouts[sequence.slot] = self._images.read(prompt, sequence.images)
         self._state.set_slot(
             sequence.slot,
             sequence.sampling,
@@ -171,7 +181,8 @@ class PackedModelRunner:
         end = chunk.start + chunk.num_tokens
         if layout.positions is not None:
             positions[1:, row : row + chunk.num_tokens] = layout.rotary_positions(chunk.start, end)
-        layout.add_rows(found, self._images.encoder.encode, row, chunk.start, end)
+        with _alone(chunk.slot):
+            layout.add_rows(found, self._images.encoder.encode, row, chunk.start, end)
 
     def _sample(self, chunks: list[ScheduledChunk], logits: Tensor) -> SampledTokens:
         sampling = [chunk for chunk in chunks if chunk.samples]
@@ -208,6 +219,17 @@ class PackedModelRunner:
 
     def _to_device(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+@contextmanager
+def _alone(slot: int) -> Iterator[None]:
+    """What goes wrong with an image goes wrong for its own sequence. Its file is gone if it has just been cancelled."""
+    try:
+        yield
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        raise SequenceFailed(slot) from error
 
 
 def _prompt_positions(chunks: list[ScheduledChunk]) -> Iterator[tuple[int, int]]:

@@ -20,6 +20,7 @@ from lmserve.runtime.interface import (
     PromptImage,
     RunnerInfo,
     ScheduledChunk,
+    SequenceFailed,
     StepInput,
     StepOutput,
 )
@@ -31,7 +32,8 @@ GARBAGE = -1
 
 Moment = Literal["launch", "written", "collect"]
 Faults = Mapping[int, tuple[Moment, Exception]]
-"""What is raised in which attempt at a step (from 0), and when in it."""
+"""What is raised in which attempt at a step (from 0), and when in it. ``SequenceFailed``, which comes at the launch,
+names a chunk here instead of a slot."""
 
 
 class OutOfMemoryError(RuntimeError):
@@ -146,6 +148,9 @@ class FakeRunner:
         self._check_budget(step)
         for chunk in step.chunks:
             self._check_chunk(chunk)
+        if isinstance(error, SequenceFailed):
+            self._lose(step)
+            raise SequenceFailed(step.chunks[error.slot % len(step.chunks)].slot)
         if moment == "launch":
             self._lose(step)
             raise error

@@ -19,7 +19,7 @@ from lmserve.engine.messages import AddRequest, Cancel, Pause, Resume
 from lmserve.engine.request import Request, RequestStatus
 from lmserve.engine.scheduler import Scheduler, SchedulerOutput, max_request_tokens
 from lmserve.outputs import FinishReason
-from lmserve.runtime.interface import ImageReading, PromptImage, RunnerInfo
+from lmserve.runtime.interface import ImageReading, PromptImage, RunnerInfo, SequenceFailed
 from lmserve.sampling_params import SamplingParams
 from tests.engine.factories import Results, expected_output, expected_prompt_logprobs, make_config, make_engine
 from tests.engine.fake_runner import EOS, VOCAB_SIZE, FakeRunner, Faults, Moment, OutOfMemoryError, make_info
@@ -112,7 +112,7 @@ def make_images(rng: random.Random, places: list[tuple[int, int]], num_tokens: i
 
 def make_faults(rng: random.Random, count: int) -> Faults:
     moments: tuple[Moment, ...] = ("launch", "written", "collect")
-    errors = (RuntimeError(), OutOfMemoryError(), MemoryError())
+    errors = (RuntimeError(), OutOfMemoryError(), MemoryError(), SequenceFailed(rng.randint(0, 4)))
     return {rng.randint(0, 100): (rng.choice(moments), rng.choice(errors)) for _ in range(count)}
 
 

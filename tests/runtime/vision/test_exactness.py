@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from lmserve.engine.messages import AddRequest
+from lmserve.outputs import FinishReason
 from lmserve.runtime.interface import StepInput
 from tests.images.tiny_vlms import FAMILIES, assistant, pictures, user
-from tests.runtime.vision.chats import BLOCK_SIZE, Case, run
+from tests.runtime.vision.chats import BLOCK_SIZE, Case, greedy, run
 from tests.runtime.vision.conftest import Families
 
 
@@ -62,7 +67,8 @@ def test_the_next_turn_encodes_only_the_new_picture(name: str, families: Familie
     before = engine.stats
     assert run(engine, cases[:1]) == [cases[0].answer]
     assert engine.stats.num_encoded_images == before.num_encoded_images + 1
-    engine._runner._images.encoder._encoded.clear()  # what is encoded already is not even asked for
+    runner: Any = engine._runner
+    runner._images.encoder._encoded.clear()  # what is encoded already is not even asked for
     assert run(engine, cases[1:]) == [cases[1].answer]
     assert engine.stats.num_encoded_images == before.num_encoded_images + 2
     assert engine.stats.num_cached_tokens >= cases[0].images[0].end // 4 * 4
@@ -120,6 +126,31 @@ def test_after_preemption(name: str, families: Families) -> None:
     engine = family.engine(kv_tokens=(sum(blocks[:2]) + 2) * BLOCK_SIZE, max_batched_tokens=40, prefix_caching=False)
     assert run(engine, mixed) == [case.answer for case in mixed]
     assert engine.stats.num_preemptions > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "gemma3"])
+def test_an_image_that_cannot_be_read_costs_its_own_request_only(
+    name: str, families: Families, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cancelled request's files are removed before the worker hears of it: it may be reading them just then."""
+    family, cases = families(name)
+    others = [cases["text"], cases["three"], cases["turns"]]
+    lost = replace(cases["one"], images=[replace(cases["one"].images[0], content="another", file="/removed")])
+    engine = family.engine(max_batched_tokens=400)
+    for i, case in enumerate([others[0], lost, *others[1:]]):
+        engine.add_request(AddRequest(str(i), case.token_ids, greedy(), eos_token_ids=[2], images=case.images))
+    found: defaultdict[str, list[int]] = defaultdict(list)
+    ends = {}
+    with caplog.at_level(logging.CRITICAL):
+        while engine.has_work:
+            for output in engine.step():
+                found[output.request_id] += output.token_ids
+                ends[output.request_id] = output.finish_reason
+    assert {request for request, reason in ends.items() if reason is FinishReason.ERROR} == {"1"}
+    assert [tuple(found[request]) for request in ("0", "2", "3")] == [case.answer for case in others]
+    contents = {image.content for case in others for image in case.images}
+    assert engine.stats.num_encoded_images == len(contents), "none twice, and those of the first attempt are counted"
+    engine.check_integrity()
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl", "gemma3", "idefics3"])
