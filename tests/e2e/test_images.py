@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -289,6 +290,9 @@ def test_a_side_process_that_dies_costs_nothing(server: Server) -> None:
 
 def test_no_features_outlive_their_request(server: Server) -> None:
     ask(server, "gemma3", on_the_wire(chats()["three"]))
+    deadline = time.monotonic() + 10
+    while feature_files() and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert feature_files() == []
 
 
