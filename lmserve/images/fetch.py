@@ -60,11 +60,18 @@ class ImageFetcher:
         self._limits = limits
         self._resolver = resolver
         self._is_allowed_address = is_allowed_address
+        self._verify = verify
+        self._transport: httpx.AsyncHTTPTransport | None = None
+
+    def _open(self) -> httpx.AsyncHTTPTransport:
+        """Made late: reading the system's certificates takes its time, and most servers fetch nothing."""
         # A connection is found again by its address, which several names may share: one that was kept would skip the
         # check of the certificate for the next name. The bare transport follows nothing and remembers no cookies.
-        self._transport = httpx.AsyncHTTPTransport(
-            verify=verify, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
-        )
+        if self._transport is None:
+            self._transport = httpx.AsyncHTTPTransport(
+                verify=self._verify, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
+            )
+        return self._transport
 
     async def fetch(self, url: str, path: str, max_bytes: int | None = None) -> bytes:
         """The body behind ``url``; ``max_bytes`` is what the request has left of its limit (the limit, if None).
@@ -85,7 +92,8 @@ class ImageFetcher:
 
     async def close(self) -> None:
         """End what is being fetched; the fetcher is of no use afterwards."""
-        await self._transport.aclose()
+        if self._transport is not None:
+            await self._transport.aclose()
 
     async def _follow(self, text: str, max_bytes: int) -> bytes:
         url = _parse(text)
@@ -122,7 +130,7 @@ class ImageFetcher:
                 extensions={"timeout": timeouts, "sni_hostname": host},
             )
             try:
-                return await self._transport.handle_async_request(request)
+                return await self._open().handle_async_request(request)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure = error
             except httpx.HTTPError as error:

@@ -37,12 +37,11 @@ class ChatImages:
             raise InvalidRequest(
                 f"{path}: the request has {len(parts)} images, the limit is {self._limits.max_images}.", path
             )
-        contents = await asyncio.gather(*map(self._read, parts))
-        num_bytes = sum(map(len, contents))
-        if num_bytes > self._limits.max_bytes:
-            raise InvalidRequest(
-                f"messages: the images have {num_bytes} bytes, the limit is {self._limits.max_bytes}.", "messages"
-            )
+        try:
+            contents = await asyncio.wait_for(self._read_all(parts), self._limits.seconds)
+        except asyncio.TimeoutError as error:
+            seconds = f"{self._limits.seconds:g} seconds"
+            raise InvalidRequest(f"messages: the images were not there within {seconds}.", "messages") from error
         jobs = (self._process(part, data, entry) for part, data in zip(parts, contents, strict=True))
         return list(await asyncio.gather(*jobs))
 
@@ -57,10 +56,20 @@ class ChatImages:
         await self._fetcher.close()
         self._pool.close()
 
-    async def _read(self, part: ImagePart) -> bytes:
-        if is_web_url(part.url):
-            return await self._fetcher.fetch(part.url, part.path)
-        return await asyncio.to_thread(read_data_uri, part.url, part.path)
+    async def _read_all(self, parts: Sequence[ImagePart]) -> list[bytes]:
+        """One after the other, so that all of them together never take more room than is allowed."""
+        contents, left = [], self._limits.max_bytes
+        for part in parts:
+            if is_web_url(part.url):
+                data = await self._fetcher.fetch(part.url, part.path, left)
+            else:
+                data = await asyncio.to_thread(read_data_uri, part.url, part.path)
+            left -= len(data)
+            if left < 0:
+                limit = self._limits.max_bytes
+                raise InvalidRequest(f"{part.path}: with it the images have more than {limit} bytes.", part.path)
+            contents.append(data)
+        return contents
 
     async def _process(self, part: ImagePart, data: bytes, entry: ModelEntry) -> StoredImage:
         job = ImageJob(
