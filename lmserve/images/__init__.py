@@ -1,0 +1,1 @@
+"""Images of chats: from a URL to features in a file."""

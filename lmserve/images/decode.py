@@ -43,9 +43,6 @@ class DecodedImage:
     """RGB."""
     format: str
     """One of ``signature.FORMATS``."""
-    width: int
-    """As the file says: before it was turned upright."""
-    height: int
 
 
 def decode_image(data: bytes, max_pixels: int) -> DecodedImage:
@@ -107,7 +104,7 @@ def _decode(data: bytes, kind: str, max_pixels: int) -> DecodedImage:
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
         flat = _on_white(image, _transparent_value(image, data) if kind == "PNG" else image.info.get("transparency"))
-    return DecodedImage(flat if turn is None else flat.transpose(turn), kind, width, height)
+    return DecodedImage(flat if turn is None else flat.transpose(turn), kind)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -42,6 +42,12 @@ class Weights:
     num_parameters: int
     num_bytes: int
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Weights:
+        return cls(
+            sum(p.numel() for p in model.parameters()), sum(p.numel() * p.element_size() for p in model.parameters())
+        )
+
 
 def build_runner(
     config: ModelConfig, progress: Progress = lambda stage, fraction: None, *, reserved_bytes: int = 0
@@ -71,10 +77,7 @@ def assemble_runner(
     reserved_bytes: int = 0,
 ) -> PackedModelRunner:
     """A runner around a model that is on its device. Raises as ``build_runner`` does."""
-    weights = Weights(
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() * p.element_size() for p in model.parameters()),
-    )
+    weights = Weights.of(model)
     prepack(model, model.device, dtype)
     if model.device.type == "cpu":
         leave_the_files(model)

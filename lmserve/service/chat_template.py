@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 
 from lmserve.errors import InvalidRequest
+from lmserve.images.placeholders import WrongPlaceholders, locate_images
 from lmserve.images.pool import StoredImage
-from lmserve.service.messages import ImagePart, PartStyle, check_nesting, normalize_messages
+from lmserve.service.messages import TEXT_ONLY, ImagePart, PartStyle, check_nesting, normalize_messages
 from lmserve.service.model_text import ModelText
 
 
@@ -86,7 +87,7 @@ class ChatTemplate:
         """The prompt of a chat without images. Raises as ``begin``."""
         return self.finish(self.begin(chat), [])
 
-    def begin(self, chat: Chat, no_images: str | None = "this model reads text only") -> RenderedChat:
+    def begin(self, chat: Chat, no_images: str | None = TEXT_ONLY) -> RenderedChat:
         """``no_images``: why the model may have none; None if it may.
 
         Raises:
@@ -199,15 +200,12 @@ class ChatTemplate:
 
 def _place(token_ids: Sequence[int], images: Sequence[StoredImage]) -> tuple[PlacedImage, ...]:
     """Each image with the stretch that its placeholder tokens cover."""
-    placeholder_id = images[0].facts.placeholder_id
-    places = [i for i, token_id in enumerate(token_ids) if token_id == placeholder_id]
-    placed, first = [], 0
-    for image in images:
-        last = first + image.facts.num_placeholders
-        placed.append(PlacedImage(image, places[first], places[last - 1] + 1))
-        first = last
-    assert first == len(places), "the processor's text has as many placeholders as its tokens"
-    return tuple(placed)
+    counts = [image.facts.num_placeholders for image in images]
+    try:
+        found = locate_images(token_ids, images[0].facts.placeholder_id, counts)
+    except WrongPlaceholders as error:
+        raise InvalidRequest(f"messages: the prompt has {error}.", "messages") from error
+    return tuple(PlacedImage(image, start, end) for image, (start, end) in zip(images, found, strict=True))
 
 
 def _not_a_place_for_each(num_images: int, num_places: int) -> InvalidRequest:

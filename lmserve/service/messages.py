@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lmserve.errors import InvalidRequest, UnsupportedField
 from lmserve.images.job import Detail
@@ -17,7 +17,9 @@ MAX_NESTING = 64
 
 PartStyle = Literal["text", "either", "parts"]
 """How a chat template reads contents: as text alone, as text or parts, as parts alone."""
-DETAILS: tuple[Detail, ...] = ("auto", "low", "high")
+DETAILS: tuple[Detail, ...] = get_args(Detail)
+TEXT_ONLY = "this model reads text only"
+"""Why it may have no images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def normalize_messages(
     messages: Sequence[dict[str, Any]],
     template: str,
     style: PartStyle = "text",
-    no_images: str | None = "this model reads text only",
+    no_images: str | None = TEXT_ONLY,
 ) -> NormalizedChat:
     """Check the messages, and rename roles that ``template`` does not mention.
 

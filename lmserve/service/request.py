@@ -12,6 +12,7 @@ from lmserve.runtime.interface import RunnerInfo
 from lmserve.sampling_params import SamplingParams
 from lmserve.service.chat_template import Prompt
 from lmserve.service.echo import Echo, echo_prompt
+from lmserve.service.messages import TEXT_ONLY
 from lmserve.service.model_text import ModelText, SamplingDefaults
 from lmserve.service.protocols import Engine, ModelEntry
 from lmserve.service.stop_strings import StopPatterns
@@ -150,7 +151,7 @@ def why_no_images(info: RunnerInfo) -> str | None:
     """Why the model may have no images, the rest of a sentence; None if it may."""
     if info.images != "none":
         return None
-    return f"this model cannot be given any here: {info.no_images}" if info.no_images else "this model reads text only"
+    return f"this model cannot be given any here: {info.no_images}" if info.no_images else TEXT_ONLY
 
 
 def make_request(

@@ -57,8 +57,7 @@ def test_a_right_picture_or_a_clear_refusal(odd: OddImage) -> None:
     if found is not None:
         assert found.image.mode == "RGB"
         assert found.format in FORMATS
-        assert sorted(found.image.size) == sorted((found.width, found.height))
-        assert found.width * found.height <= MAX_PIXELS
+        assert found.image.width * found.image.height <= MAX_PIXELS
     if odd.expected == "good":
         assert found is not None
         assert found.image.size == odd.size
@@ -143,7 +142,7 @@ def test_what_is_known_of_a_picture() -> None:
     tag = Image.Exif()
     tag[0x0112] = 6
     found = decode_image(encoded(stored, "JPEG", exif=tag), MAX_PIXELS)
-    assert (found.format, found.width, found.height, found.image.size) == ("JPEG", *SIZE[::-1], SIZE)
+    assert (found.format, found.image.size) == ("JPEG", SIZE), "as it is to be seen"
     assert decode_image(encoded(quarters(), "WEBP"), MAX_PIXELS).format == "WEBP"
     two = encoded(quarters(), "MPO", save_all=True, append_images=[quarters()])
     assert decode_image(two, MAX_PIXELS).format == "JPEG"

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lmserve.images.processor import ImageFeatures, ImageProcessor
+from lmserve.images.placeholders import locate_images
+from lmserve.images.processor import ImageProcessor
 from lmserve.runtime.attention.base import Span
 from lmserve.runtime.interface import ImageReading, PromptImage
 from lmserve.runtime.packed_lane import PackedBatch, PackedLane, UnsupportedModel
@@ -97,20 +98,8 @@ def _make_sample(processor: ImageProcessor, model: Any) -> _Sample:
     alone = [processor.process(picture) for picture in pictures]
     stock = {name: _move(value, model) for name, value in found.items() if isinstance(value, Tensor)}
     features = [{name: torch.from_numpy(array) for name, array in each.arrays.items()} for each in alone]
-    return _Sample(token_ids, stock, features, locate_images(token_ids, alone, processor.placeholder_id))
-
-
-def locate_images(token_ids: list[int], images: list[ImageFeatures], placeholder_id: int) -> list[tuple[int, int]]:
-    """Where each image's placeholder tokens begin and end."""
-    places = [i for i, token_id in enumerate(token_ids) if token_id == placeholder_id]
-    if len(places) != sum(image.num_placeholders for image in images):
-        raise UnsupportedModel("its processor writes another number of placeholders for images in company")
-    found, first = [], 0
-    for image in images:
-        last = first + image.num_placeholders
-        found.append((places[first], places[last - 1] + 1))
-        first = last
-    return found
+    counts = [each.num_placeholders for each in alone]
+    return _Sample(token_ids, stock, features, locate_images(token_ids, processor.placeholder_id, counts))
 
 
 def _move(tensor: Tensor, model: Any) -> Tensor:

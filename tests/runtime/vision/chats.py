@@ -16,10 +16,10 @@ from lmserve.config import ModelConfig
 from lmserve.engine.core import EngineCore
 from lmserve.engine.messages import AddRequest, Pause, Resume
 from lmserve.engine.scheduler import SchedulerConfig
+from lmserve.images.placeholders import locate_images
 from lmserve.images.processor import ImageProcessor
 from lmserve.runtime.build import build_runner
 from lmserve.runtime.interface import PromptImage
-from lmserve.runtime.vision.check import locate_images
 from lmserve.sampling_params import SamplingParams
 from tests.images.tiny_vlms import (
     assistant,
@@ -64,7 +64,7 @@ class Family:
         token_ids = model_inputs(self.processor, messages)["input_ids"][0].tolist()
         shown = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
         found = [self.ours.process(picture.convert("RGB")) for picture in shown]
-        places = locate_images(token_ids, found, self.ours.placeholder_id)
+        places = locate_images(token_ids, self.ours.placeholder_id, [each.num_placeholders for each in found])
         images = []
         for features, (start, end) in zip(found, places, strict=True):
             file = self.files / uuid.uuid4().hex
