@@ -20,11 +20,13 @@ from lmserve.engine.messages import (
     Shutdown,
     StepOutputs,
     ToWorker,
+    UseVocabulary,
     body_length,
     decode_from_worker,
     encode,
 )
 from lmserve.errors import InvalidRequest, LMServeError, QueueFull, WorkerDied
+from lmserve.grammar.tokenizer_text import TokenizerText
 from lmserve.outputs import EncoderOutput, RequestOutput
 from lmserve.runtime.interface import RunnerInfo
 
@@ -105,6 +107,8 @@ class AsyncEngine:
         self._live: dict[str, _Mailbox[Any]] = {}
         self._num_live_sequences = 0
         self._num_paused_sequences = 0
+        self.knows_vocabulary = False
+        """Whether ``use_vocabulary`` has been called."""
         self._dead = False
         self._end: LMServeError | None = None
         self._idle = asyncio.Event()
@@ -174,6 +178,20 @@ class AsyncEngine:
             if unfinished:
                 self.cancel(request.request_id)
             self._release(request.request_id)
+
+    def use_vocabulary(self, text: TokenizerText) -> None:
+        """Has to be called once before the first request with a grammar.
+
+        Raises:
+            InvalidRequest: the tokenizer is too large to be sent.
+        """
+        if self.knows_vocabulary or self._dead:
+            return
+        try:
+            self._send(UseVocabulary(text))
+        except MessageTooLong as error:
+            raise InvalidRequest(f"This model's tokenizer is too large for grammars: {error}.") from error
+        self.knows_vocabulary = True
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Stops a request, or one choice of it; its last output then says ``ABORT``. Unknown ids are ignored."""

@@ -6,7 +6,7 @@ import logging
 
 from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
-from lmserve.engine.messages import AddRequest, Cancel, EngineStats, Pause, Resume, StepOutputs, ToWorker
+from lmserve.engine.messages import AddRequest, Cancel, EngineStats, Pause, Resume, StepOutputs, ToWorker, UseVocabulary
 from lmserve.engine.request import Request
 from lmserve.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput, max_request_tokens
 from lmserve.outputs import FinishReason, RequestOutput
@@ -72,6 +72,8 @@ class EngineCore:
             self.pause(message)
         elif isinstance(message, Resume):
             self.resume(message)
+        elif isinstance(message, UseVocabulary):
+            self._runner.use_vocabulary(message.text)
         else:
             raise AssertionError(f"{type(message).__name__} has no place in the running engine")
         return []
@@ -95,6 +97,8 @@ class EngineCore:
                 for choice in range(message.sampling.n)
             ]
         cache_root = b"" if self._prefix_caching else b"request %d" % self._num_arrivals
+        if message.grammar:
+            self._runner.prepare_grammar(message.grammar)
         requests = [self._make_request(message, choice, cache_root) for choice in range(message.sampling.n)]
         self.scheduler.kv.hash_full_blocks(requests[0])
         for request in requests:
@@ -239,6 +243,7 @@ class EngineCore:
             eos_token_ids=tuple(message.eos_token_ids),
             priority=message.priority,
             images=tuple(message.images),
+            grammar=message.grammar,
             arrival=self._num_arrivals,
             cache_root=cache_root,
         )

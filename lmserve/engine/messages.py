@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import msgspec
 
+from lmserve.grammar.tokenizer_text import TokenizerText
 from lmserve.outputs import EncoderOutput, RequestOutput
 from lmserve.runtime.interface import EncoderInput, MemoryPlan, PromptImage, RunnerInfo
 from lmserve.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_MESSAGE_BYTES = 64 * 2**20
 HEADER = struct.Struct(">I")
 
@@ -84,6 +85,14 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True):
     """Lower runs earlier."""
     images: list[PromptImage] = []
     """Of the prompt, in its order. Their files stay until the request has ended."""
+    grammar: str = ""
+    """What the output has to be, proved to be possible; ``UseVocabulary`` came before. Empty: anything."""
+
+
+class UseVocabulary(msgspec.Struct, tag=True, frozen=True):
+    """API process: the tokens of the model, for grammars. Comes once, if at all."""
+
+    text: TokenizerText
 
 
 class Encode(msgspec.Struct, tag=True, frozen=True):
@@ -153,7 +162,7 @@ class EncoderOutputs(msgspec.Struct, tag=True, frozen=True):
     stats: EngineStats
 
 
-ToWorker = Plan | Load | AddRequest | Encode | Cancel | Pause | Resume | Shutdown
+ToWorker = Plan | Load | UseVocabulary | AddRequest | Encode | Cancel | Pause | Resume | Shutdown
 FromWorker = Hello | Planned | LoadProgress | Ready | LoadFailed | StepOutputs | EncoderOutputs
 
 _encoder = msgspec.msgpack.Encoder()

@@ -35,6 +35,8 @@ class Request:
     """Counts up over all choices of all requests of one engine."""
     images: tuple[PromptImage, ...] = ()
     """Of the prompt, in its order."""
+    grammar: str = ""
+    """What the output has to be, for the runner; empty for anything."""
     cache_root: bytes = b""
     """Where the hash chain of its blocks begins: requests with different roots share no blocks."""
 

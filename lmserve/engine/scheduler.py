@@ -320,6 +320,7 @@ def _new_sequence(request: Request) -> NewSequence:
         request.choice,
         request.eos_token_ids,
         request.images,
+        request.grammar,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from lmserve.grammar.tokenizer_text import TokenizerText
 from lmserve.outputs import TokenLogprobs
 from lmserve.sampling_params import SamplingParams
 
@@ -116,6 +117,8 @@ class NewSequence:
     """Held back, like the stop tokens, until ``sampling.min_tokens`` are there."""
     images: tuple[PromptImage, ...] = ()
     """In the order of the prompt."""
+    grammar: str = ""
+    """What the output has to be (``lmserve.grammar``); empty for anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +202,14 @@ class ModelRunner(Protocol):
     def launch(self, step: StepInput) -> None: ...
 
     def collect(self) -> StepOutput: ...
+
+    def use_vocabulary(self, text: TokenizerText) -> None:
+        """The model's tokens, for grammars. Comes before the first of them."""
+        ...
+
+    def prepare_grammar(self, grammar: str) -> None:
+        """A sequence will soon come with it. Returns at once."""
+        ...
 
 
 @runtime_checkable

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lmserve.grammar.mask import GrammarMasks
+from lmserve.grammar.tokenizer_text import TokenizerText
 from lmserve.outputs import TokenLogprobs
 from lmserve.runtime.attention.base import Span
 from lmserve.runtime.interface import (
@@ -73,6 +75,7 @@ class PackedModelRunner:
         self._known_tokens: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * info.max_num_seqs
         self._num_top_of_prompt = [0] * info.max_num_seqs
         self._last_tokens = torch.zeros(info.max_num_seqs, dtype=torch.int64, device=self._device)
+        self._masks = GrammarMasks(max_num_seqs=info.max_num_seqs, vocab_size=info.vocab_size)
         self._in_flight: _Step | None = None
         self._num_encoded = 0
 
@@ -82,11 +85,15 @@ class PackedModelRunner:
         assert self._in_flight is None, "one step at a time"
         for sequence in step.new_sequences:
             self._take_slot(sequence)
+        batch = self._pack(step.chunks)
+        self._masks.start([chunk.slot for chunk in step.chunks if chunk.samples])  # while the model computes
         try:
-            logits = self._lane.forward(self._pack(step.chunks))
+            logits = self._lane.forward(batch)
         except torch.AcceleratorError as error:
             raise FatalRunnerError(str(error)) from error
-        sampled = self._sample(step.chunks, logits)
+        finally:
+            masks = self._masks.wait()
+        sampled = self._sample(step.chunks, logits, masks)
         scored = self._score(step.chunks, logits)
         self._in_flight = _Step(step.chunks, sampled, scored)
 
@@ -97,7 +104,18 @@ class PackedModelRunner:
         step, self._in_flight = self._in_flight, None
         logprobs = self._logprobs(step.chunks, step.sampled)
         prompt_logprobs = self._prompt_logprobs(step)
-        return StepOutput(step.sampled.token_ids.tolist(), logprobs, prompt_logprobs, self._newly_encoded())
+        token_ids: list[int] = step.sampled.token_ids.tolist()
+        for chunk, token_id in zip((chunk for chunk in step.chunks if chunk.samples), token_ids, strict=True):
+            self._masks.accept(chunk.slot, token_id)
+        return StepOutput(token_ids, logprobs, prompt_logprobs, self._newly_encoded())
+
+    def use_vocabulary(self, text: TokenizerText) -> None:
+        """As the protocol says."""
+        self._masks.use_vocabulary(text)
+
+    def prepare_grammar(self, grammar: str) -> None:
+        """As the protocol says."""
+        self._masks.prepare(grammar)
 
     def _newly_encoded(self) -> int:
         """Images since it was asked last, those of attempts that failed included."""
@@ -113,6 +131,8 @@ class PackedModelRunner:
             prompt = sequence.token_ids[: sequence.num_prompt_tokens]
             with _alone(sequence.slot):
                 self._layouts[sequence.slot] = self._images.read(prompt, sequence.images)
+        with _alone(sequence.slot):
+            self._masks.begin(sequence.slot, sequence.grammar, sequence.token_ids[sequence.num_prompt_tokens :])
         self._state.set_slot(
             sequence.slot,
             sequence.sampling,
@@ -120,6 +140,7 @@ class PackedModelRunner:
             sequence.token_ids[: sequence.num_prompt_tokens],
             sequence.token_ids[sequence.num_prompt_tokens :],
             sequence.eos_token_ids,
+            has_grammar=bool(sequence.grammar),
         )
 
     def _pack(self, chunks: list[ScheduledChunk]) -> PackedBatch:
@@ -184,12 +205,14 @@ class PackedModelRunner:
         with _alone(chunk.slot):
             layout.add_rows(found, self._images.encoder.encode, row, chunk.start, end)
 
-    def _sample(self, chunks: list[ScheduledChunk], logits: Tensor) -> SampledTokens:
+    def _sample(self, chunks: list[ScheduledChunk], logits: Tensor, masks: NDArray[np.int32] | None) -> SampledTokens:
         sampling = [chunk for chunk in chunks if chunk.samples]
         slots = [chunk.slot for chunk in sampling]
         slots_tensor = self._index(slots)
         positions = self._index([chunk.start + chunk.num_tokens for chunk in sampling])
-        sampled = self._sampler(logits[: len(slots)], slots_tensor, positions, self._state.flags(slots))
+        grammar_mask = None if masks is None else torch.from_numpy(masks).to(self._device, non_blocking=True)
+        flags = self._state.flags(slots)
+        sampled = self._sampler(logits[: len(slots)], slots_tensor, positions, flags, grammar_mask)
         self._last_tokens.index_copy_(0, slots_tensor, sampled.token_ids)
         return sampled
 
@@ -223,7 +246,10 @@ class PackedModelRunner:
 
 @contextmanager
 def _alone(slot: int) -> Iterator[None]:
-    """What goes wrong with an image goes wrong for its own sequence. Its file is gone if it has just been cancelled."""
+    """What goes wrong with an image or a grammar goes wrong for its own sequence.
+
+    An image's file is gone if its request has just been cancelled.
+    """
     try:
         yield
     except torch.AcceleratorError:

@@ -61,6 +61,8 @@ class Sampler:
         self._buffers = torch.empty(2, self._chunk_rows, vocab_size, device=device)
         self._bits = torch.empty(self._chunk_rows, vocab_size, dtype=torch.int32, device=device)
         self._token_keys = token_keys(vocab_size, device)
+        bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+        self._byte_values = torch.zeros(256, 8, device=device).masked_fill_(bits == 0, -math.inf)
         self._ranks = torch.arange(vocab_size, 0, -1, device=device).to(torch.float32)
 
     def __call__(
@@ -78,7 +80,8 @@ class Sampler:
             slots: (rows,) int64, on the device, each slot at most once.
             positions: (rows,) integers, on the device: the index that the new token gets in its sequence.
             flags: ``SamplingState.flags`` of the same slots.
-            grammar_mask: (rows, ceil(vocab / 32)) int32; bit i % 32 of word i // 32 allows token i.
+            grammar_mask: (rows, ceil(vocab / 32)) int32; bit i % 32 of word i // 32 allows token i. All bits are set in
+                the rows that do not need ``GRAMMAR``.
         """
         rows = _Rows(logits, slots, positions, grammar_mask)
         order = sorted(range(len(flags.needs)), key=lambda row: flags.needs[row] & ~Need.LOGPROBS)
@@ -140,8 +143,16 @@ class Sampler:
             held_back = rows.positions[:, None] < params.first_end_position
             values = state.ends.values.index_select(0, slots).masked_fill_(~held_back, 0.0)
             logits.scatter_add_(1, state.ends.ids.index_select(0, slots), values)
-        if rows.grammar_mask is not None:
-            logits.masked_fill_(~_unpack(rows.grammar_mask, logits.shape[1]), -math.inf)
+        if rows.grammar_mask is not None and Need.GRAMMAR in needs:
+            logits.add_(self._unpack(rows.grammar_mask))
+
+    def _unpack(self, mask: Tensor) -> Tensor:
+        """(rows, vocab) float32 from (rows, words) int32, lowest bit first: 0 where it allows, else minus infinity.
+
+        A table of what each byte stands for, and an addition: several times faster on a CPU than bits and masked_fill.
+        """
+        values = self._byte_values.index_select(0, mask.contiguous().view(torch.uint8).flatten().to(torch.int64))
+        return values.view(mask.shape[0], -1)[:, : self._state.vocab_size]
 
     def _draw(self, probs: Tensor, rows: _Rows, *, scratch: Tensor) -> Tensor:
         keys = row_keys(self._state.request_keys.index_select(0, rows.slots), rows.positions)
@@ -199,12 +210,6 @@ def _filter(probs: Tensor, params: RowParams, needs: Need, max_top_k: int, *, sc
             keep(filters.top_p_threshold_of_k(best, probs, params.top_p))
     if Need.TOP_P in needs:
         keep(filters.top_p_threshold(probs, params.top_p))
-
-
-def _unpack(mask: Tensor, vocab_size: int) -> Tensor:
-    """(rows, vocab) bool from (rows, words) int32, lowest bit first."""
-    bits = mask[:, :, None] >> torch.arange(32, dtype=torch.int32, device=mask.device)
-    return (bits & 1).bool().flatten(1)[:, :vocab_size]
 
 
 def _with_logprobs(token_ids: Tensor, logits: Tensor, rows: list[int]) -> SampledTokens:

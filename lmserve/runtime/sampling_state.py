@@ -24,6 +24,7 @@ class Need(IntFlag):
     NONE = 0
     LOGPROBS = auto()
     MIN_TOKENS = auto()
+    GRAMMAR = auto()
     BIAS = auto()
     COUNTS = auto()
     """Presence or frequency penalty."""
@@ -113,12 +114,14 @@ class SamplingState:
         prompt_token_ids: Sequence[int],
         output_token_ids: Sequence[int],
         eos_token_ids: Sequence[int],
+        *,
+        has_grammar: bool = False,
     ) -> None:
         """Gives ``slot`` a new owner, or its old one back after a preemption with the output so far.
 
         Token ids outside the vocabulary, in biases or stop ids, have no logit and are passed over.
         """
-        needs = _needs(sampling, self.vocab_size, len(output_token_ids))
+        needs = _needs(sampling, self.vocab_size, len(output_token_ids)) | (Need.GRAMMAR if has_grammar else Need.NONE)
         self._needs[slot] = needs
         self._top_k[slot] = sampling.top_k if Need.TOP_K in needs else 0
         self._num_logprobs[slot] = sampling.logprobs

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
+from lmserve.grammar.tokenizer_text import TokenizerText
 from lmserve.outputs import TokenLogprobs
 from lmserve.runtime.interface import (
     FatalRunnerError,
@@ -136,6 +137,16 @@ class FakeRunner:
         self._content = [GARBAGE] * (info.num_blocks * info.block_size)
         self._sequences: dict[int, _Sequence] = {}
         self._in_flight: StepInput | None = None
+        self.vocabulary: TokenizerText | None = None
+        self.prepared_grammars: set[str] = set()
+
+    def use_vocabulary(self, text: TokenizerText) -> None:
+        _check(self.vocabulary is None, "the vocabulary twice")
+        self.vocabulary = text
+
+    def prepare_grammar(self, grammar: str) -> None:
+        _check(self.vocabulary is not None, "a grammar without vocabulary")
+        self.prepared_grammars.add(grammar)
 
     def launch(self, step: StepInput) -> None:
         if self._in_flight is not None:
@@ -144,6 +155,7 @@ class FakeRunner:
         moment, error = self._faults.get(attempt, (None, RuntimeError()))
         self._check_shape(step)
         for new in step.new_sequences:
+            _check(not new.grammar or new.grammar in self.prepared_grammars, "a grammar without notice")
             self._sequences[new.slot] = _Sequence(new, list(new.token_ids))
         self._check_budget(step)
         for chunk in step.chunks:

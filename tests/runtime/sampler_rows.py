@@ -65,8 +65,17 @@ def make_sampler(rows: list[dict[str, Any]], vocab_size: int = VOCAB) -> tuple[S
     return Sampler(state), state
 
 
-def give_slot(state: SamplingState, slot: int, choice: int = 0, output: tuple[int, ...] = OUTPUT, **row: Any) -> None:
-    state.set_slot(slot, SamplingParams(max_tokens=100, **row), choice, PROMPT, output, EOS)
+def give_slot(
+    state: SamplingState,
+    slot: int,
+    choice: int = 0,
+    output: tuple[int, ...] = OUTPUT,
+    *,
+    has_grammar: bool = False,
+    **row: Any,
+) -> None:
+    params = SamplingParams(max_tokens=100, **row)
+    state.set_slot(slot, params, choice, PROMPT, output, EOS, has_grammar=has_grammar)
 
 
 def sample(

@@ -240,12 +240,27 @@ def test_grammar_mask_allows_only_its_bits(row: dict[str, Any]) -> None:
     for i, token_ids in enumerate(allowed):
         for token_id in sorted(token_ids):
             mask[i, token_id // 32] |= (1 << token_id % 32) - (2**32 if token_id % 32 == 31 else 0)
-    sampler, state = make_sampler([row] * 4)
+    sampler, state = make_sampler([{**row, "has_grammar": i != 2} for i in range(4)])
     logits = make_logits(4)
     for position in range(20):
         sampled = sample(sampler, state, logits, positions=position, grammar_mask=mask).token_ids.tolist()
         assert all(token_id in allowed[i] for i, token_id in enumerate(sampled))
         assert sample(sampler, state, logits[2:3], [2], position).token_ids[0] == sampled[2]
+
+
+@pytest.mark.parametrize("row", [{"temperature": 0}, {}, {"top_p": 0.9}])
+def test_masks_stay_with_their_rows_and_change_no_others(row: dict[str, Any]) -> None:
+    """Also where the rows are put into another order."""
+    rows = [{**row, "has_grammar": i % 3 == 0, "top_k": i} for i in range(7)]
+    sampler, state = make_sampler(rows)
+    mask = torch.full((7, (VOCAB + 31) // 32), -1, dtype=torch.int32)
+    mask[::3] = 0
+    mask[::3, 2] = 1 << 5  # token 69
+    logits = make_logits(7)
+    free, free_state = make_sampler([{**each, "has_grammar": False} for each in rows])
+    expected = sample(free, free_state, logits).token_ids.tolist()
+    found = sample(sampler, state, logits, grammar_mask=mask).token_ids.tolist()
+    assert found == [69 if i % 3 == 0 else expected[i] for i in range(7)]
 
 
 def test_operations_come_in_their_order() -> None:
