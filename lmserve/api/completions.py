@@ -11,7 +11,7 @@ from lmserve.api.generate import Dialect, Renderer, clamp_logprob
 from lmserve.api.schema.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from lmserve.api.schema.usage import UsageAnswer
 from lmserve.service.answer import ChoiceAnswer
-from lmserve.service.deltas import Finished, PositionLogprobs, TextDelta, TokenLogprob
+from lmserve.service.deltas import CallDelta, Finished, PositionLogprobs, ReasoningDelta, TextDelta, TokenLogprob
 from lmserve.service.generation import GenerationService
 from lmserve.service.request import GenerationRequest
 
@@ -29,11 +29,12 @@ class CompletionRenderer(Renderer[CompletionChoice]):
     def beginnings(self) -> list[CompletionChoice]:
         return []
 
-    def piece(self, delta: TextDelta) -> CompletionChoice:
+    def piece(self, delta: TextDelta | ReasoningDelta | CallDelta) -> CompletionChoice:
+        assert isinstance(delta, TextDelta), "a completion is text"
         return CompletionChoice(delta.choice, delta.text, _logprobs(delta.logprobs) if delta.logprobs else None)
 
     def end(self, finished: Finished) -> CompletionChoice:
-        return CompletionChoice(finished.choice, "", None, finished.reason.value)
+        return CompletionChoice(finished.choice, "", None, finished.finish_reason)
 
     def chunk(self, choices: list[CompletionChoice], usage: UsageAnswer | None | msgspec.UnsetType) -> Completion:
         o = self.outline

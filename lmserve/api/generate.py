@@ -24,7 +24,7 @@ from lmserve.api.settings import ApiSettings
 from lmserve.api.sse import DONE, EventStream, event, unless_disconnected
 from lmserve.api.stats import StatsReporter
 from lmserve.service.answer import Answer, ChoiceAnswer, collect
-from lmserve.service.deltas import Delta, Finished, TextDelta, Usage
+from lmserve.service.deltas import CallDelta, Delta, Finished, ReasoningDelta, TextDelta, Usage
 from lmserve.service.generation import GenerationService
 from lmserve.service.request import GenerationRequest
 
@@ -72,7 +72,7 @@ class Renderer(ABC, Generic[C]):
                     begun = True
                     for choice in self.beginnings():
                         yield self._event(choice)
-                if isinstance(delta, TextDelta):
+                if isinstance(delta, TextDelta | ReasoningDelta | CallDelta):
                     yield self._event(self.piece(delta))
                 elif isinstance(delta, Finished):
                     last = delta
@@ -87,7 +87,7 @@ class Renderer(ABC, Generic[C]):
         choices = []
         for index, choice in enumerate(answer.choices):
             assert choice.finished is not None, "the engine ends every choice"
-            choices.append(self.choice(index, choice, choice.finished.reason.value))
+            choices.append(self.choice(index, choice, choice.finished.finish_reason))
         stats = self.outline.stats_of(answer.usage, answer.choices[0].finished)
         return self._encode(replace(self.answer(choices, UsageAnswer.of(answer.usage)), **stats))
 
@@ -96,8 +96,8 @@ class Renderer(ABC, Generic[C]):
         """How the choices of a stream begin, before any text."""
 
     @abstractmethod
-    def piece(self, delta: TextDelta) -> C:
-        """More text of a choice in a stream."""
+    def piece(self, delta: TextDelta | ReasoningDelta | CallDelta) -> C:
+        """More of a choice in a stream. Reasoning and calls come in chats only."""
 
     @abstractmethod
     def end(self, finished: Finished) -> C:
@@ -146,6 +146,9 @@ class _Asked(Generic[B]):
     wire: B
     include_usage: bool
     ttl_seconds: float | None
+    ignored: list[str]
+    headers: dict[str, str]
+    """Of the answer: what the model ignores is known, and told, once the request is prepared."""
 
 
 class GenerationEndpoint(Generic[B]):
@@ -166,8 +169,9 @@ class GenerationEndpoint(Generic[B]):
         status of its own, until it is time for a comment: these say how far the load is.
         """
         wire, ignored = await read_request(request, self._dialect.body, self._settings)
-        asked = _Asked(wire, wire.include_usage, wire.ttl_seconds())
-        headers = ignored_header(ignored + wire.ignored())
+        ignored += wire.ignored()
+        headers = ignored_header(ignored)
+        asked = _Asked(wire, wire.include_usage, wire.ttl_seconds(), ignored, headers)
         if wire.stream:
             return EventStream(
                 self._chunks(asked),
@@ -200,6 +204,7 @@ class GenerationEndpoint(Generic[B]):
         async with self._service.use(wire.model, asked.ttl_seconds, "generate") as model_id:
             with in_clients_words(wire.names()):
                 generation = await dialect.prepare(self._service, new_id(dialect.id_prefix), model_id, wire)
+            asked.headers.update(ignored_header([*asked.ignored, *generation.ignored]))
             yield generation, dialect.renderer(self._outline(generation, asked.include_usage))
 
     def _outline(self, generation: GenerationRequest, include_usage: bool) -> Outline:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from lmserve.service.deltas import Delta, Finished, PositionLogprobs, TextDelta, Usage
+from lmserve.service.deltas import CallDelta, Delta, Finished, PositionLogprobs, ReasoningDelta, TextDelta, Usage
+
+
+@dataclass(slots=True)
+class CallAnswer:
+    """One tool call, complete."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON text."""
 
 
 @dataclass(slots=True)
@@ -13,6 +23,8 @@ class ChoiceAnswer:
     """One choice, complete."""
 
     text: str = ""
+    reasoning: str = ""
+    calls: list[CallAnswer] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     finished: Finished | None = None
 
@@ -28,16 +40,23 @@ class Answer:
 async def collect(deltas: AsyncIterator[Delta], num_choices: int) -> Answer:
     """Wait for everything."""
     texts: list[list[str]] = [[] for _ in range(num_choices)]
+    thoughts: list[list[str]] = [[] for _ in range(num_choices)]
     answer = Answer([ChoiceAnswer() for _ in range(num_choices)], Usage(0, 0, 0))
     async for delta in deltas:
         match delta:
             case TextDelta(choice, text, logprobs):
                 texts[choice].append(text)
                 answer.choices[choice].logprobs.extend(logprobs)
+            case ReasoningDelta(choice, text):
+                thoughts[choice].append(text)
+            case CallDelta(choice, _, str(call_id), str(name), arguments):
+                answer.choices[choice].calls.append(CallAnswer(call_id, name, arguments))
+            case CallDelta(choice, index, _, _, arguments):
+                answer.choices[choice].calls[index].arguments += arguments
             case Finished(choice):
                 answer.choices[choice].finished = delta
             case Usage():
                 answer.usage = delta
-    for choice_answer, pieces in zip(answer.choices, texts, strict=True):
-        choice_answer.text = "".join(pieces)
+    for choice_answer, pieces, thought in zip(answer.choices, texts, thoughts, strict=True):
+        choice_answer.text, choice_answer.reasoning = "".join(pieces), "".join(thought)
     return answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from lmserve.outputs import FinishReason, TokenLogprobs
@@ -20,6 +20,7 @@ class StopReason(str, Enum):
     USER_STOPPED = "userStopped"
     MODEL_UNLOADED = "modelUnloaded"
     FAILED = "failed"
+    TOOL_CALLS = "toolCalls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,10 @@ class PositionLogprobs:
             text_offset,
         )
 
+    def at(self, text_offset: int) -> PositionLogprobs:
+        """The same at another place."""
+        return self if text_offset == self.text_offset else replace(self, text_offset=text_offset)
+
     @classmethod
     def unpredicted(cls, token_id: int, table: TokenTable, text_offset: int) -> PositionLogprobs:
         """The first token of an echo."""
@@ -76,6 +81,28 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """More of what the model thinks in one choice."""
+
+    choice: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallDelta:
+    """A tool call of one choice begins, or goes on."""
+
+    choice: int
+    index: int
+    """Of the choice's calls: 0, 1, …"""
+    id: str | None
+    """With ``name``, in the call's first delta only."""
+    name: str | None
+    arguments: str
+    """More of the arguments, as JSON text; empty in the first delta."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The end of one choice."""
 
@@ -83,6 +110,12 @@ class Finished:
     reason: FinishReason
     """``STOP`` or ``LENGTH``: everything else is an exception."""
     stop_reason: StopReason
+    calls_tools: bool = False
+
+    @property
+    def finish_reason(self) -> str:
+        """OpenAI's word. An answer whose calls were cut off says so."""
+        return "tool_calls" if self.calls_tools and self.reason is FinishReason.STOP else self.reason.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +126,8 @@ class Usage:
     num_completion_tokens: int
     num_cached_tokens: int
     """Of the prompts, how many tokens the prefix cache had."""
+    num_reasoning_tokens: int = 0
+    """Of the completions."""
     time_to_first_token: float = field(default=math.inf, compare=False)
     """Seconds; infinite if there was none."""
     generation_time: float = field(default=0.0, compare=False)
@@ -104,9 +139,11 @@ class Usage:
             self.num_prompt_tokens + other.num_prompt_tokens,
             self.num_completion_tokens + other.num_completion_tokens,
             self.num_cached_tokens + other.num_cached_tokens,
+            self.num_reasoning_tokens + other.num_reasoning_tokens,
             min(self.time_to_first_token, other.time_to_first_token),
             max(self.generation_time, other.generation_time),
         )
 
 
-Delta = TextDelta | Finished | Usage
+ChoiceDelta = TextDelta | ReasoningDelta | CallDelta | Finished
+Delta = ChoiceDelta | Usage

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 
 from lmserve.errors import LMServeError
+from lmserve.grammar.build import body_text
+from lmserve.grammar.proof import check_size
 from lmserve.images.pool import StoredImage
 from lmserve.runtime.interface import Task
 from lmserve.service.chat_images import ChatImages
 from lmserve.service.chat_template import Chat, ChatTemplate, Prompt, RenderedChat
 from lmserve.service.deltas import Delta, Usage
+from lmserve.service.healing import heal
 from lmserve.service.log_stream import LogStream
 from lmserve.service.merge import merge
+from lmserve.service.parsing.bind import parsing_of
 from lmserve.service.patience import first_in_time
 from lmserve.service.protocols import ModelEntry, Models
 from lmserve.service.request import (
@@ -28,6 +33,7 @@ from lmserve.service.request import (
     why_no_images,
 )
 from lmserve.service.run import PromptRun
+from lmserve.service.structure import Plan, make_grammar, make_output_plan, make_plain_grammar, make_plan
 from lmserve.service.texts import Texts
 
 
@@ -76,16 +82,28 @@ class GenerationService:
         engine = entry.engine
         text, template = await self._texts.of(entry)
         rendered, images = await self._begin(entry, template, chat)
+        served, family = ServedModel(entry, engine, text), template.family
+        plan = await self._texts.in_thread(lambda: make_plan(options.output, chat.toolbox, family.syntax))
+        grammar = None
+        if plan is not None:
+            grammar = partial(make_grammar, plan, family, rendered.text, text.control_ids)
+            await self._enforce(served, plan, grammar())
+        parsing = parsing_of(family, rendered.text, chat.toolbox, text)
+        heals = grammar is not None and parsing is None and chat.continue_final_message
 
         def prepare() -> GenerationRequest:
+            prompt = template.finish(rendered, images)
             return make_request(
                 request_id,
-                ServedModel(entry, engine, text),
-                [template.finish(rendered, images)],
+                served,
+                [heal(prompt, text) if heals else prompt],
                 options,
                 self._settings,
                 prompt_param="messages",
                 begins_text=not chat.continue_final_message,
+                make_grammar=grammar,
+                make_parsing=parsing,
+                ignored=template.ignored(chat),
             )
 
         return await self._texts.in_thread(prepare)
@@ -106,19 +124,43 @@ class GenerationService:
         engine = entry.engine
         check_choices(len(prompts), options.n or 1, entry.config.max_waiting + engine.info.max_num_seqs, self._settings)
         text, _ = await self._texts.of(entry)
+        served = ServedModel(entry, engine, text)
+        grammar = None
+        if options.output is not None:
+            plan = await self._texts.in_thread(partial(make_output_plan, options.output))
+            grammar = partial(make_plain_grammar, plan, text.control_ids)
+            await self._enforce(served, plan, grammar())
 
         def prepare() -> GenerationRequest:
+            encoded = [Prompt(p, text.encode(p)) if isinstance(p, str) else Prompt(None, p) for p in prompts]
+            if grammar is not None and not options.echo:
+                encoded = [heal(prompt, text) for prompt in encoded]
             return make_request(
                 request_id,
-                ServedModel(entry, engine, text),
-                [Prompt(p, text.encode(p)) if isinstance(p, str) else Prompt(None, p) for p in prompts],
+                served,
+                encoded,
                 options,
                 self._settings,
                 prompt_param="prompt",
                 default_max_tokens=COMPLETION_MAX_TOKENS,
+                make_grammar=grammar,
             )
 
         return await self._texts.in_thread(prepare)
+
+    async def _enforce(self, model: ServedModel, plan: Plan, grammar: str) -> None:
+        """Sees that a grammar can be enforced, and that the worker knows the model's tokens.
+
+        Raises:
+            InvalidRequest: it cannot.
+        """
+        prover = self._texts.prover
+        for claim in plan.claims:
+            await prover.prove(body_text(claim.body), claim.path)
+        check_size(grammar, plan.claims[0].path)
+        if not model.engine.knows_vocabulary:
+            vocabulary = await self._texts.in_thread(model.text.for_grammars)
+            model.engine.use_vocabulary(vocabulary)
 
     async def tokenize(self, model: str | None, text: str, *, add_special_tokens: bool) -> list[int]:
         """The token ids of a text, as ``prepare_completion`` makes them or without the tokens that begin a sequence."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmserve.errors import InvalidRequest
+from lmserve.grammar.tokenizer_text import TokenizerText, looks_like_control
 from lmserve.sampling_params import SamplingParams
 from lmserve.service.detokenizer import ByteDetokenizer, IncrementalDetokenizer, PrefixDetokenizer
 from lmserve.service.token_table import TokenTable, build_token_table
@@ -70,6 +71,15 @@ class ModelText:
         self.instructions = instructions or Instructions()
         self.table: TokenTable = build_token_table(tokenizer)
         self.eos_token_ids = sorted({*eos_token_ids, *_as_list(tokenizer.eos_token_id)})
+        added = tokenizer.added_tokens_decoder
+        self.added_ids: Mapping[str, int] = {str(token): token_id for token_id, token in added.items()}
+        """By name, the tokens that were added to the vocabulary, special or not."""
+        self.control_ids: Mapping[str, int] = {
+            str(token): token_id
+            for token_id, token in added.items()
+            if looks_like_control(str(token), special=token.special)
+        }
+        """Of these, by name, those that a grammar asks for by their ids."""
         self.defaults = defaults or SamplingDefaults()
         self._lock = threading.Lock()
         self._backend: Any = None
@@ -176,6 +186,22 @@ class ModelText:
             return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
         with self._lock:
             return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def for_grammars(self) -> TokenizerText:
+        """What the worker has to know of the tokens. Takes tenths of a second for a large vocabulary.
+
+        Raises:
+            InvalidRequest: nothing can be enforced with this tokenizer.
+        """
+        if self._backend is None or not self.table.has_bytes:
+            raise InvalidRequest(
+                "No format can be enforced for this model: its tokenizer's tokens are not bytes.", "response_format"
+            )
+        if not self.eos_token_ids:
+            raise InvalidRequest(
+                "No format can be enforced for this model: it has no end-of-sequence token.", "response_format"
+            )
+        return TokenizerText.of(self._backend.to_str(), self.eos_token_ids)
 
     def detokenizer(self, *, begins_text: bool) -> IncrementalDetokenizer:
         """For one choice. ``begins_text``: its output is a text of its own, not the continuation of one."""

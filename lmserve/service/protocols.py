@@ -8,6 +8,7 @@ from typing import Protocol
 
 from lmserve.config import ModelConfig
 from lmserve.engine.messages import AddRequest, Encode
+from lmserve.grammar.tokenizer_text import TokenizerText
 from lmserve.models.facts import ModelFacts
 from lmserve.outputs import EncoderOutput, RequestOutput
 from lmserve.runtime.interface import RunnerInfo, Task
@@ -30,6 +31,15 @@ class Engine(Protocol):
 
     def encode(self, request: Encode) -> AsyncGenerator[EncoderOutput, None]:
         """An encoder's news of the request, until each of its inputs is done or it has failed. As ``generate``."""
+        ...
+
+    @property
+    def knows_vocabulary(self) -> bool:
+        """Whether ``use_vocabulary`` has been called."""
+        ...
+
+    def use_vocabulary(self, text: TokenizerText) -> None:
+        """Has to be called once before the first request with a grammar. Raises ``InvalidRequest``."""
         ...
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:

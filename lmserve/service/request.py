@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -11,11 +11,13 @@ from lmserve.errors import ContextLengthExceeded, InvalidRequest, PromptTooLong
 from lmserve.runtime.interface import RunnerInfo
 from lmserve.sampling_params import SamplingParams
 from lmserve.service.chat_template import Prompt
+from lmserve.service.choice import Parsing
 from lmserve.service.echo import Echo, echo_prompt
 from lmserve.service.messages import TEXT_ONLY
 from lmserve.service.model_text import ModelText, SamplingDefaults
 from lmserve.service.protocols import Engine, ModelEntry
 from lmserve.service.stop_strings import StopPatterns
+from lmserve.service.structure import OutputFormat
 
 MAX_STOP_CHARACTERS = 1024
 MAX_ECHO_LOGPROBS = 1 << 20
@@ -49,6 +51,8 @@ class GenerationOptions:
     echo: bool = False
     """The answer begins with the prompt; ``logprobs`` are then also of its tokens, and ``max_tokens`` may be 0."""
     priority: int | None = None
+    output: OutputFormat | None = None
+    """What the output has to be; None for anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,12 @@ class GenerationRequest:
     begins_text: bool
     echoes: tuple[Echo, ...] = ()
     """One for each prompt; none unless asked for."""
+    grammars: tuple[str, ...] = ()
+    """One for each prompt: what its outputs have to be. None: anything."""
+    ignored: tuple[str, ...] = ()
+    """Fields that change nothing with this model."""
+    make_parsing: Callable[[], Parsing] | None = None
+    """How a choice's output is taken apart: one for each choice; None: it is content as it is."""
 
     @property
     def echo(self) -> bool:
@@ -164,11 +174,14 @@ def make_request(
     prompt_param: str,
     default_max_tokens: int | None = None,
     begins_text: bool = False,
+    make_grammar: Callable[[str], str] | None = None,
+    make_parsing: Callable[[], Parsing] | None = None,
+    ignored: Sequence[str] = (),
 ) -> GenerationRequest:
     """The request, with everything checked that a user can get wrong.
 
     ``default_max_tokens``: None is as many as the context leaves. ``begins_text``: the output does not continue a text.
-    ``prompt_param`` is the field to blame for the prompts.
+    ``make_grammar``: what outputs have to be, behind the healed text. ``prompt_param`` is the field to blame.
 
     Raises:
         InvalidRequest: a value is out of range.
@@ -178,6 +191,8 @@ def make_request(
     check_choices(len(prompts), options.n or 1, settings.max_choices, settings)
     _check_stop(options.stop, settings.max_stop)
     _check_option_ids(options, info.vocab_size)
+    if make_grammar is not None:
+        _check_beside_grammar(options)
     for prompt in prompts:
         _check_prompt(prompt, info.vocab_size, settings.max_prompt_tokens, prompt_param)
 
@@ -185,7 +200,9 @@ def make_request(
         _check_echo(prompts, options.n or 1, options.logprobs)
 
     def max_tokens(prompt: Prompt) -> int:
-        return _max_tokens(options, len(prompt.token_ids), context_length(info), default_max_tokens, prompt_param)
+        again = 1 if prompt.healed else 0  # a token that is taken back and written once more
+        used = len(prompt.token_ids) + again
+        return again + _max_tokens(options, used, context_length(info), default_max_tokens, prompt_param)
 
     sampling = [resolve_sampling(options, max_tokens(prompt), model, settings) for prompt in prompts]
     return GenerationRequest(
@@ -196,7 +213,10 @@ def make_request(
         stop=options.stop,
         stop_patterns=StopPatterns(options.stop),
         priority=options.priority or 0,
-        begins_text=begins_text,
+        begins_text=begins_text and make_grammar is None,  # a blank that a grammar asks for is not to be dropped
+        grammars=() if make_grammar is None else tuple(make_grammar(prompt.healed) for prompt in prompts),
+        make_parsing=make_parsing,
+        ignored=tuple(ignored),
         echoes=tuple(echo_prompt(prompt, model.text) for prompt in prompts) if options.echo else (),
     )
 
@@ -251,6 +271,13 @@ def _check_prompt(prompt: Prompt, vocab_size: int, max_tokens: int, param: str) 
     if 0 < max_tokens < len(prompt.token_ids):
         raise PromptTooLong(limit=max_tokens, num_prompt_tokens=len(prompt.token_ids), param=param)
     check_token_ids(prompt.token_ids, vocab_size, param)
+
+
+def _check_beside_grammar(options: GenerationOptions) -> None:
+    """Where a grammar is at its end there is nothing to go on with."""
+    for name, asked in (("min_tokens", options.min_tokens), ("ignore_eos", options.ignore_eos)):
+        if asked:
+            raise InvalidRequest(f"{name} and an enforced format exclude each other: the format says the end.", name)
 
 
 def _check_echo(prompts: Sequence[Prompt], n: int, logprobs: int) -> None:

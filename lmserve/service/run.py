@@ -17,7 +17,7 @@ from lmserve.outputs import FinishReason, RequestOutput
 from lmserve.runtime.interface import PromptImage
 from lmserve.service.chat_template import PlacedImage
 from lmserve.service.choice import Choice
-from lmserve.service.deltas import Delta, Finished, PositionLogprobs, StopReason, TextDelta, Usage
+from lmserve.service.deltas import ChoiceDelta, Delta, Finished, PositionLogprobs, StopReason, TextDelta, Usage
 from lmserve.service.echo import Echo, EchoLogprobs
 from lmserve.service.log_stream import LogEvent, LogStream, now_ms
 from lmserve.service.request import GenerationRequest
@@ -31,6 +31,7 @@ class PromptRun:
         self._log = log
         self._prompt = request.prompts[index]
         self._sampling = request.sampling[index]
+        self._grammar = request.grammars[index] if request.grammars else ""
         self._id = request.request_id if len(request.prompts) == 1 else f"{request.request_id}-{index}"
         text = request.model.text
         self._echo: Echo | None = request.echoes[index] if request.echo else None
@@ -48,6 +49,8 @@ class PromptRun:
                 text.table,
                 text_offset=0 if self._echo is None else len(self._echo.text),
                 reports_end=self._echo is not None,
+                num_healed=len(self._prompt.healed),
+                parsing=None if request.make_parsing is None else request.make_parsing(),
             )
             for i in range(request.n)
         ]
@@ -76,6 +79,7 @@ class PromptRun:
                 PromptImage(placed.start, placed.end, placed.image.facts.content, placed.image.facts.file)
                 for placed in self._prompt.images
             ],
+            grammar=self._grammar,
         )
         try:
             async with aclosing(self._request.model.engine.generate(add)) as outputs:
@@ -91,7 +95,7 @@ class PromptRun:
         finally:
             self._log.publish(self._output_event)
 
-    def _take(self, output: RequestOutput) -> list[TextDelta | Finished]:
+    def _take(self, output: RequestOutput) -> list[ChoiceDelta]:
         choice = self._choices[output.choice]
         if choice.finished is not None:  # the engine's last words on a choice that a stop string ended
             return []
@@ -109,7 +113,7 @@ class PromptRun:
         self._held.append(output)
         return self._send_echo(self._echo, output)
 
-    def _send_echo(self, echo: Echo, output: RequestOutput) -> list[TextDelta | Finished]:
+    def _send_echo(self, echo: Echo, output: RequestOutput) -> list[ChoiceDelta]:
         """The echo of all choices and what was held back, if ``output`` brings the last that the echo waits for."""
         positions: tuple[PositionLogprobs, ...] = ()
         if self._echo_logprobs is not None:
@@ -117,13 +121,13 @@ class PromptRun:
             if not self._echo_logprobs.is_complete:
                 return []
             positions = tuple(self._echo_logprobs.positions)
-        deltas: list[TextDelta | Finished] = [TextDelta(choice.index, echo.text, positions) for choice in self._choices]
+        deltas: list[ChoiceDelta] = [TextDelta(choice.index, echo.text, positions) for choice in self._choices]
         self._echo, held, self._held = None, self._held, []
         for output in held:
             deltas += self._push(output)
         return deltas
 
-    def _push(self, output: RequestOutput) -> list[TextDelta | Finished]:
+    def _push(self, output: RequestOutput) -> list[ChoiceDelta]:
         choice = self._choices[output.choice]
         if choice.finished is not None:
             return []
@@ -138,7 +142,8 @@ class PromptRun:
     def _usage(self) -> Usage:
         """Up to now."""
         generated = sum(len(choice.token_ids) for choice in self._choices)
-        usage = Usage(len(self._prompt.token_ids), generated, self._num_cached)
+        thought = sum(choice.num_reasoning_tokens for choice in self._choices)
+        usage = Usage(len(self._prompt.token_ids), generated, self._num_cached, thought)
         if self._first_token is None:
             return usage
         now = time.perf_counter()
@@ -173,6 +178,7 @@ class PromptRun:
                 "repeat_penalty": sampling.repetition_penalty,
                 "logit_bias": {str(token_id): bias for token_id, bias in sampling.logit_bias},
                 "stop": self._request.stop,
+                **({"grammar": self._grammar} if self._grammar else {}),
             },
             "tokenIds": self._prompt.token_ids,
         }

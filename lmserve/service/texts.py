@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from lmserve.errors import ModelLoadFailed
+from lmserve.grammar.proof import GrammarProver
 from lmserve.service.chat_template import ChatTemplate
 from lmserve.service.model_text import ModelText
 from lmserve.service.protocols import ModelEntry
@@ -31,6 +32,7 @@ class Texts:
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._loaders = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="tokenizer")
         """Their own: a tokenizer that takes its time holds up no request for another model."""
+        self.prover = GrammarProver()
         self._texts: dict[str, asyncio.Task[tuple[ModelText, ChatTemplate]]] = {}
 
     async def load(self, entries: Iterable[ModelEntry]) -> None:
@@ -65,6 +67,7 @@ class Texts:
         """End the threads. Work that has begun is not waited for."""
         for threads in (self._threads, self._loaders):
             threads.shutdown(wait=False, cancel_futures=True)
+        self.prover.close()
 
     async def _load(self, entry: ModelEntry) -> tuple[ModelText, ChatTemplate]:
         try:

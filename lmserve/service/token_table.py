@@ -31,6 +31,8 @@ class TokenTable:
     """Whether the text of a sequence is the concatenation of its tokens' bytes."""
     drops_first_space: bool
     """Whether the tokenizer takes the space off the first word of a text."""
+    has_bytes: bool = False
+    """Whether any text can be written, because each byte has a token."""
 
     def piece(self, token_id: int) -> bytes:
         """A token's bytes; empty for the padding ids that a model's vocabulary may have beyond its tokenizer's."""
@@ -55,7 +57,8 @@ def build_token_table(tokenizer: Any) -> TokenTable:
     for token_id, name in names.items():
         pieces[token_id] = name.encode() if token_id in added and kinds == {"ByteLevel"} else to_bytes(name)
     drops = any(step.get("type") == "Strip" or step.get("prepend_scheme") in ("always", "first") for step in steps)
-    return TokenTable(tuple(pieces), _special(added), True, drops)
+    has_bytes = kinds == {"ByteLevel"} or "ByteFallback" in kinds
+    return TokenTable(tuple(pieces), _special(added), True, drops, has_bytes)
 
 
 def _special(added: Mapping[int, Any]) -> frozenset[int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from lmserve.config import ModelConfig
 from lmserve.engine.messages import AddRequest, Encode
 from lmserve.errors import LMServeError, ModelNotFound, NotReady
+from lmserve.grammar.tokenizer_text import TokenizerText
 from lmserve.images.source import ImageLimits
 from lmserve.models.facts import ModelFacts
 from lmserve.outputs import EncoderOutput, FinishReason, RequestOutput, TokenLogprobs
@@ -70,6 +71,14 @@ class StubEngine:
         self.closed: list[str] = []
         self.cancelled: list[tuple[str, int | None]] = []
         self.num_steps = 0
+        self.vocabulary: TokenizerText | None = None
+
+    @property
+    def knows_vocabulary(self) -> bool:
+        return self.vocabulary is not None
+
+    def use_vocabulary(self, text: TokenizerText) -> None:
+        self.vocabulary = text
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         self.requests.append(request)

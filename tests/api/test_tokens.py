@@ -70,7 +70,7 @@ def test_an_empty_text_has_no_tokens(server: RunningServer) -> None:
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
         ("/apply-template", {}, "messages"),
-        ("/apply-template", {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
+        ("/apply-template", {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools[0].function"),
         ("/apply-template", {"messages": [{"role": "nobody", "content": "x"}]}, "messages[0].role"),
     ],
 )

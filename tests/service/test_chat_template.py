@@ -64,8 +64,8 @@ def test_a_transformers_that_cannot_keep_control_tokens_as_text_gets_none(monkey
 
 def test_the_templates_own_refusal_is_the_message() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        template().render(Chat(messages=[{"role": "tool", "content": "x"}]))
-    assert str(caught.value) == "Only system, user and assistant may speak."
+        template("{{ raise_exception('Ask something.') }}").render(Chat(messages=user("x")))
+    assert str(caught.value) == "Ask something."
     assert caught.value.param == "messages"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
 from lmserve.sampling_params import SamplingParams
 from lmserve.service.choice import Choice
-from lmserve.service.deltas import Finished, StopReason, TextDelta
+from lmserve.service.deltas import ChoiceDelta, Finished, StopReason, TextDelta
 from lmserve.service.model_text import ModelText
 from lmserve.service.stop_strings import StopPatterns
 from tests.service import tokenizers_for_tests as made
@@ -21,7 +21,7 @@ def choice(*stop: str, min_tokens: int = 0) -> Choice:
 
 def push(
     to: Choice, token_ids: Sequence[int], reason: FinishReason | None = None, *, logprobs: bool = False
-) -> list[TextDelta | Finished]:
+) -> list[ChoiceDelta]:
     entries = tuple(TokenLogprobs(-1.0, ((i, -1.0),)) for i in token_ids) if logprobs else ()
     return to.push(RequestOutput("r", 0, tuple(token_ids), entries, 0, reason), context_full=False)
 
@@ -73,7 +73,7 @@ def test_stop_strings_wait_for_min_tokens() -> None:
     assert push(current, TEXT.encode_rendered("aabab"))[0] == TextDelta(0, "aab")
 
 
-def logprob_tokens(deltas: list[TextDelta | Finished]) -> list[str]:
+def logprob_tokens(deltas: list[ChoiceDelta]) -> list[str]:
     return [position.sampled.text for delta in deltas if isinstance(delta, TextDelta) for position in delta.logprobs]
 
 

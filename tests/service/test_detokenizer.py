@@ -27,11 +27,18 @@ def ids_of(model: ModelText) -> st.SearchStrategy[list[int]]:
 
 
 def check_against_whole_decoding(model: ModelText, token_ids: list[int]) -> None:
-    """Equal, but for the U+FFFD of a character that is incomplete at the very end."""
+    """Equal, but for the U+FFFDs of a character that is incomplete at the very end.
+
+    One, as a rule. Of what begins a surrogate (ED A0, say) Python waits for the third byte, where others see two
+    errors.
+    """
     whole = model.decode(token_ids)
     data = b"".join(model.table.piece(i) for i in token_ids if i not in model.table.special_ids)
     streamed = "".join(pieces(model.detokenizer(begins_text=True), token_ids))
-    assert streamed == whole or (streamed + REPLACEMENT == whole and not data.endswith(REPLACEMENT.encode()))
+    dropped = whole.removeprefix(streamed)
+    assert streamed + dropped == whole
+    assert dropped in ("", REPLACEMENT, 2 * REPLACEMENT)
+    assert not (dropped and data.endswith(REPLACEMENT.encode()))
 
 
 @settings(max_examples=300, deadline=None)

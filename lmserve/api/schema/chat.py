@@ -10,6 +10,15 @@ from lmserve.api.schema.fields import honoured, ignored, refused
 from lmserve.api.schema.numbers import Int, integer
 from lmserve.api.schema.sampling import SamplingFields
 from lmserve.api.schema.stats import WithStats
+from lmserve.api.schema.tools import (
+    FUNCTION_CALL,
+    FUNCTIONS,
+    PARALLEL_TOOL_CALLS,
+    REASONING_EFFORT,
+    TOOL_CHOICE,
+    TOOLS,
+    toolbox_of,
+)
 from lmserve.api.schema.usage import UsageAnswer
 from lmserve.errors import InvalidRequest
 from lmserve.sampling_params import RANGES
@@ -62,7 +71,6 @@ MESSAGE = {
     "required": ["role"],
 }
 """A message, in JSON Schema: what every chat template knows. Other keys are the template's to read."""
-_NO_TOOLS = "tool calls are not offered yet"
 _NO_AUDIO = "audio is not offered"
 
 
@@ -94,14 +102,12 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
             "end the prompt with the beginning of an answer", default="true, unless the last message is continued"
         ),
     ] = None
-    tools: Annotated[Any, refused("array of objects", _NO_TOOLS, [])] = None
-    tool_choice: Annotated[Any, refused("string or object", _NO_TOOLS, "none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, refused("boolean", _NO_TOOLS, True, False)] = None
-    functions: Annotated[Any, refused("array of objects", _NO_TOOLS, [])] = None
-    function_call: Annotated[Any, refused("string or object", _NO_TOOLS, "none", "auto")] = None
-    reasoning_effort: Annotated[
-        Any, refused("string", "control of reasoning is not offered yet; see chat_template_kwargs")
-    ] = None
+    tools: Annotated[list[Any] | None, TOOLS] = None
+    tool_choice: Annotated[Any, TOOL_CHOICE] = None
+    parallel_tool_calls: Annotated[bool | None, PARALLEL_TOOL_CALLS] = None
+    functions: Annotated[list[Any] | None, FUNCTIONS] = None
+    function_call: Annotated[Any, FUNCTION_CALL] = None
+    reasoning_effort: Annotated[str | None, REASONING_EFFORT] = None
     audio: Annotated[Any, refused("object", _NO_AUDIO)] = None
     modalities: Annotated[Any, refused("array of strings", _NO_AUDIO, ["text"])] = None
     prediction: Annotated[Any, refused("object", "predicted outputs are not offered")] = None
@@ -123,6 +129,8 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=bool(self.continue_final_message),
             template_kwargs=self.chat_template_kwargs or {},
+            toolbox=toolbox_of(self),
+            reasoning_effort=self.reasoning_effort,
         )
 
     def num_logprobs(self) -> int | None:
@@ -153,10 +161,23 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
+class FunctionCall(msgspec.Struct, frozen=True):
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -176,11 +197,25 @@ class ChatCompletion(WithStats, frozen=True):
     system_fingerprint: str
 
 
+class FunctionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta | None = None
+
+
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is new; absent is nothing new."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from lmserve.api.schema.fields import honoured, ignored, refused
 from lmserve.api.schema.lifetime import ModelLifetime, same
 from lmserve.api.schema.numbers import Int, integer
+from lmserve.api.schema.output import FORMAT_TYPES, output_format
 from lmserve.errors import InvalidRequest
 from lmserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RANGES, at_most
 from lmserve.service.request import GenerationOptions
@@ -16,7 +17,24 @@ MODEL = honoured("the model's id, a unique end of it, or an alias", default="the
 """Every body's field ``model``."""
 _MODELS_ELSE_ONE = "the model's, else 1"
 FROM_MINUS_ONE = {"type": ["integer", "null"], "minimum": -1}
-_NO_STRUCTURE = "structured output is not offered yet"
+_ELSEWHERE = "response_format takes a schema"
+ANY: dict[str, Any] = {}
+RESPONSE_FORMAT = {
+    "anyOf": [
+        {"type": "null"},
+        {
+            "type": "object",
+            "properties": {
+                "type": {"enum": list(FORMAT_TYPES)},
+                "json_schema": {
+                    "type": ["object", "null"],
+                    "properties": {"name": {"type": ["string", "null"]}, "schema": {}, "strict": {}},
+                },
+            },
+            "required": ["type"],
+        },
+    ]
+}
 
 
 class SamplingFields(ModelLifetime, kw_only=True):
@@ -132,16 +150,28 @@ class SamplingFields(ModelLifetime, kw_only=True):
         None
     )
     images: Annotated[Any, refused("array of strings", "images come in messages, as image_url parts", [])] = None
-    guided_json: Annotated[Any, refused("object", _NO_STRUCTURE)] = None
-    guided_regex: Annotated[Any, refused("string", _NO_STRUCTURE)] = None
-    guided_choice: Annotated[Any, refused("array of strings", _NO_STRUCTURE)] = None
-    guided_grammar: Annotated[Any, refused("string", _NO_STRUCTURE)] = None
-    structured_outputs: Annotated[Any, refused("object", _NO_STRUCTURE)] = None
-    json_schema: Annotated[Any, refused("object", _NO_STRUCTURE)] = None
-    grammar: Annotated[Any, refused("string", _NO_STRUCTURE, "")] = None
-    regex: Annotated[Any, refused("string", _NO_STRUCTURE)] = None
-    format: Annotated[Any, refused("object or string", _NO_STRUCTURE, "")] = None
-    response_format: Annotated[Any, refused("object", _NO_STRUCTURE, {"type": "text"})] = None
+    response_format: Annotated[
+        dict[str, Any] | None,
+        honoured(
+            "what the output has to be: type text, json_object (or its schema or value), json_schema, regex (value)",
+            default="text",
+            allowed="JSON Schema keywords that can be enforced; see docs/structured-output.md",
+            schema=RESPONSE_FORMAT,
+        ),
+    ] = None
+    guided_json: Annotated[Any, honoured("the output is JSON of this schema", kind="object or string", schema=ANY)] = (
+        None
+    )
+    guided_regex: Annotated[str | None, honoured("the output matches this regular expression (Rust's syntax)")] = None
+    guided_choice: Annotated[list[str] | None, honoured("the output is one of these texts")] = None
+    guided_grammar: Annotated[str | None, honoured("the output follows this Lark grammar")] = None
+    structured_outputs: Annotated[
+        dict[str, Any] | None, honoured("one of json, regex, choice, grammar, json_object, as the fields above")
+    ] = None
+    json_schema: Annotated[Any, refused("object", _ELSEWHERE)] = None
+    grammar: Annotated[Any, refused("string", "GBNF is not read; guided_grammar takes Lark", "")] = None
+    regex: Annotated[Any, refused("string", "guided_regex takes one")] = None
+    format: Annotated[Any, refused("object or string", _ELSEWHERE, "")] = None
 
     @property
     def include_usage(self) -> bool:
@@ -198,6 +228,7 @@ class SamplingFields(ModelLifetime, kw_only=True):
             ignore_eos=self.ignore_eos,
             n=integer(self.n, "n"),
             logprobs=logprobs,
+            output=output_format(self),
             priority=integer(self.priority, "priority", -MAX_PRIORITY, MAX_PRIORITY),
         )
 

@@ -7,12 +7,22 @@ from typing import Annotated, Any
 import msgspec
 
 from lmserve.api.schema.chat import MESSAGE
-from lmserve.api.schema.fields import honoured, refused
+from lmserve.api.schema.fields import honoured
 from lmserve.api.schema.sampling import MODEL
+from lmserve.api.schema.tools import (
+    FUNCTION_CALL,
+    FUNCTIONS,
+    PARALLEL_TOOL_CALLS,
+    REASONING_EFFORT,
+    TOOL_CHOICE,
+    TOOL_FIELDS,
+    TOOLS,
+    toolbox_of,
+)
 from lmserve.errors import InvalidRequest
 from lmserve.service.chat_template import Chat
 
-_OF_CHATS = ("chat_template_kwargs", "continue_final_message", "add_generation_prompt")
+_OF_CHATS = ("chat_template_kwargs", "continue_final_message", "add_generation_prompt", *TOOL_FIELDS)
 _OF_TEXTS = ("add_special_tokens",)
 
 
@@ -30,7 +40,12 @@ class ChatFields(msgspec.Struct, kw_only=True):
         bool | None,
         honoured("as in /v1/chat/completions", default="true, unless the last message is continued"),
     ] = None
-    tools: Annotated[Any, refused("array of objects", "tool calls are not offered yet", [])] = None
+    tools: Annotated[list[Any] | None, TOOLS] = None
+    tool_choice: Annotated[Any, TOOL_CHOICE] = None
+    parallel_tool_calls: Annotated[bool | None, PARALLEL_TOOL_CALLS] = None
+    functions: Annotated[list[Any] | None, FUNCTIONS] = None
+    function_call: Annotated[Any, FUNCTION_CALL] = None
+    reasoning_effort: Annotated[str | None, REASONING_EFFORT] = None
 
     def chat(self) -> Chat | None:
         if self.messages is None:
@@ -40,6 +55,8 @@ class ChatFields(msgspec.Struct, kw_only=True):
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=bool(self.continue_final_message),
             template_kwargs=self.chat_template_kwargs or {},
+            toolbox=toolbox_of(self),
+            reasoning_effort=self.reasoning_effort,
         )
 
 

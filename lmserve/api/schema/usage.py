@@ -12,7 +12,7 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True):
-    reasoning_tokens: int = 0
+    reasoning_tokens: int
 
 
 class UsageAnswer(msgspec.Struct, frozen=True):
@@ -20,7 +20,7 @@ class UsageAnswer(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
+    completion_tokens_details: CompletionTokensDetails
 
     @classmethod
     def of(cls, usage: Usage) -> UsageAnswer:
@@ -29,4 +29,5 @@ class UsageAnswer(msgspec.Struct, frozen=True):
             completion_tokens=usage.num_completion_tokens,
             total_tokens=usage.num_prompt_tokens + usage.num_completion_tokens,
             prompt_tokens_details=PromptTokensDetails(usage.num_cached_tokens),
+            completion_tokens_details=CompletionTokensDetails(usage.num_reasoning_tokens),
         )
