@@ -63,5 +63,33 @@ def test_embeddings(seen: Any) -> None:
         assert list(struct.unpack("<384f", base64.b64decode(text["embedding"]))) == each["embedding"]
 
 
+def test_a_forced_call(seen: Any) -> None:
+    (call,) = seen["call"]["message"]["tool_calls"]
+    assert (seen["call"]["finish_reason"], seen["call"]["message"]["content"]) == ("tool_calls", None)
+    assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+    first, *others = seen["call_deltas"]
+    assert (first["index"], first["type"], first["function"]["name"]) == (0, "function", "look_up")
+    assert first["id"]
+    assert not any({"id", "type"} & delta.keys() or "name" in delta["function"] for delta in others)
+    pieces = [delta["function"].get("arguments", "") for delta in seen["call_deltas"]]
+    assert "".join(pieces) == call["function"]["arguments"]
+    assert seen["call_finish"] == "tool_calls"
+    assert seen["call_folded"]["message"]["tool_calls"][0]["function"]["arguments"] == call["function"]["arguments"]
+
+
+def test_the_helper_runs_the_tool(seen: Any) -> None:
+    assert seen["asked"] == [json.loads(seen["call"]["message"]["tool_calls"][0]["function"]["arguments"])["city"]]
+    assert seen["agent"] == ["user", "assistant", "tool"]
+
+
+def test_a_schema(seen: Any) -> None:
+    answer = json.loads(seen["formatted"]["message"]["content"])
+    assert answer["country"] in ("France", "Italy")
+    assert isinstance(answer["sure"], bool)
+    assert seen["formatted"]["finish_reason"] == "stop"
+    path = "response_format.json_schema.schema.not"
+    assert (seen["keyword"]["status"], seen["keyword"]["param"]) == (400, path)
+
+
 def test_a_stream_that_is_left(seen: Any) -> None:
     assert seen["pieces"] == 3

@@ -191,9 +191,9 @@ def test_errors_reach_the_official_client(starter_server: Server) -> None:
         client.chat.completions.create(
             model=STARTER,
             messages=message,
-            tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}],
         )
-    assert caught.value.param == "tools"
+    assert caught.value.param == "tools[0].function.parameters.type"
 
 
 def test_the_log_stream_shows_what_the_model_received(starter_server: Server) -> None:

@@ -49,6 +49,32 @@ for (const encoding_format of [undefined, "float", "base64"])
   vectors[encoding_format ?? "default"] = (await client.embeddings.create({ model: "all-minilm-l6-v2", input: ["a cat", "a dog"], encoding_format })).data;
 seen.vectors = vectors;
 
+// A call that is forced, whole, streamed, and folded by the client's helper.
+const tools = [{ type: "function", function: { name: "look_up", parameters: { type: "object", properties: { city: { enum: ["Paris", "Rome"] } }, required: ["city"], additionalProperties: false } } }];
+const forced = { ...greedy, tools, tool_choice: { type: "function", function: { name: "look_up" } }, max_tokens: 48 };
+seen.call = (await client.chat.completions.create(forced)).choices[0];
+seen.call_deltas = [];
+seen.call_finish = null;
+for await (const chunk of await client.chat.completions.create({ ...forced, stream: true })) {
+  seen.call_deltas.push(...(chunk.choices[0].delta.tool_calls ?? []));
+  seen.call_finish ??= chunk.choices[0].finish_reason;
+}
+seen.call_folded = (await client.chat.completions.stream(forced).finalChatCompletion()).choices[0];
+
+// The helper that calls the function, and gives the model its result.
+seen.asked = [];
+const look_up = { type: "function", function: { ...tools[0].function, parse: JSON.parse, function: ({ city }) => (seen.asked.push(city), "France") } };
+const agent = client.chat.completions.runTools({ ...forced, tools: [look_up] }, { maxChatCompletions: 1 });
+await agent.done();
+seen.agent = agent.messages.map((message) => message.role);
+
+// A schema without a library.
+const schema = { type: "object", properties: { country: { enum: ["France", "Italy"] }, sure: { type: "boolean" } }, required: ["country", "sure"], additionalProperties: false };
+const response_format = { type: "json_schema", json_schema: { name: "answer", strict: true, schema } };
+seen.formatted = (await client.chat.completions.create({ ...greedy, response_format, max_tokens: 48 })).choices[0];
+seen.parsed = (await client.chat.completions.parse({ ...greedy, response_format, max_tokens: 48 })).choices[0].message.parsed;
+seen.keyword = await failed(() => client.chat.completions.create({ ...greedy, response_format: { type: "json_schema", json_schema: { name: "x", schema: { not: {} } } } }));
+
 // A stream that its reader leaves.
 const left = await client.chat.completions.create({ ...greedy, max_tokens: 1000, stream: true });
 let pieces = 0;
