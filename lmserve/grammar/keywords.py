@@ -326,7 +326,10 @@ def _overlap(branches: list[Schema], proofs: Proofs) -> tuple[int, int] | None:
 
 
 def _bound(value: object, place: Place) -> int | float:
-    return check_number(value, place.path)
+    number = check_number(value, place.path)
+    if (place.pointer[-1], number) in (("exclusiveMinimum", MAX_NUMBER), ("exclusiveMaximum", -MAX_NUMBER)):
+        raise InvalidRequest(f"{place.path} leaves only numbers beyond ±2^53, which are not exact.", place.path)
+    return number
 
 
 def _count(value: object, path: str) -> int:

@@ -67,6 +67,8 @@ REFUSED: list[tuple[object, str]] = [
     # that validators would take otherwise than the grammar
     ({"multipleOf": 0.1}, ".multipleOf"),
     ({"const": 2**53 + 1}, ".const"),
+    ({"exclusiveMinimum": 2**53}, ".exclusiveMinimum"),
+    ({"type": "number", "minimum": -(2**53), "exclusiveMaximum": -(2.0**53)}, ".exclusiveMaximum"),
     ({"const": 0.12345678901234567}, ".const"),
     ({"minimum": 1e300}, ".minimum"),
     ({"const": "\x01"}, ".const"),
