@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 
 from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.messages import AddRequest, Cancel, EngineStats, Pause, Resume, StepOutputs, ToWorker, UseVocabulary
 from lmserve.engine.request import Request
-from lmserve.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput, max_request_tokens
+from lmserve.engine.scheduler import Scheduler, SchedulerConfig, max_request_tokens
+from lmserve.engine.step_draft import SchedulerOutput
 from lmserve.outputs import FinishReason, RequestOutput
 from lmserve.runtime.interface import FatalRunnerError, ModelRunner, SequenceFailed, StepInput, StepOutput
 
@@ -23,11 +26,14 @@ class EngineCore:
     Between two steps nothing is in flight, so that what a cancel frees is free at once.
     """
 
-    def __init__(self, runner: ModelRunner, config: SchedulerConfig) -> None:
+    def __init__(
+        self, runner: ModelRunner, config: SchedulerConfig, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         info = runner.info
         kv = KVCacheManager(info.num_blocks, info.block_size)
         self.scheduler = Scheduler(config, kv)
         self._runner = runner
+        self._clock = clock
         self._prefix_caching = config.prefix_caching
         self._max_tokens = min(max_request_tokens(info), config.max_model_len)
         self._live: dict[str, dict[int, Request]] = {}
@@ -182,14 +188,18 @@ class EngineCore:
         return [self.scheduler.finish(request, FinishReason.ERROR, STEP_FAILED) for request in requests]
 
     def _compute(self, step: StepInput) -> StepOutput:
+        began = self._clock()
         self._runner.launch(step)
         output = self._runner.collect()
+        seconds = self._clock() - began
         num_wanted = sum(chunk.samples for chunk in step.chunks)
         if not len(output.token_ids) == len(output.logprobs) == num_wanted:
             raise RuntimeError(f"the runner gave {len(output.token_ids)} tokens for {num_wanted} sequences")
         num_wanted = sum(len(chunk.prompt_logprobs) for chunk in step.chunks)
         if len(output.prompt_logprobs) != num_wanted:
             raise RuntimeError(f"the runner scored {len(output.prompt_logprobs)} prompt tokens for {num_wanted}")
+        if not output.num_encoded_images and not output.prompt_logprobs:  # they take time that is not a chunk's
+            self.scheduler.observe(step, seconds)
         return output
 
     def _count(self, scheduled: SchedulerOutput, computed: StepOutput) -> None:

@@ -33,13 +33,12 @@ class KVCacheManager:
 
     def prefix_is_pending(self, request: Request) -> bool:
         """Whether a running request is about to compute the first block that this waiting one would miss."""
-        self.hash_full_blocks(request)
-        num_shareable = self._num_shareable(request)
-        first = request.num_matched_blocks
-        while first < num_shareable and self._pool.find(request.block_hashes[first]) is not None:
-            first += 1
-        request.num_matched_blocks = first
-        return first < num_shareable and request.block_hashes[first] in self._pending
+        first = self._first_missing_block(request)
+        return first < self._num_shareable(request) and request.block_hashes[first] in self._pending
+
+    def num_missing_tokens(self, request: Request) -> int:
+        """Tokens that a waiting request would have to compute: those behind its cached prefix."""
+        return request.num_tokens - self._first_missing_block(request) * self.block_size
 
     def admit(self, request: Request, num_spare: int = 0) -> bool:
         """Blocks for all known tokens, shared ones first, and ``num_computed_tokens`` to match.
@@ -106,6 +105,15 @@ class KVCacheManager:
         self._pool.check_integrity(request.block_table for request in running)
         if not set(self._pending.values()) <= set(running):
             raise IntegrityError("a block is pending with a request that does not run")
+
+    def _first_missing_block(self, request: Request) -> int:
+        self.hash_full_blocks(request)
+        num_shareable = self._num_shareable(request)
+        first = request.num_matched_blocks
+        while first < num_shareable and self._pool.find(request.block_hashes[first]) is not None:
+            first += 1
+        request.num_matched_blocks = first
+        return first
 
     def _num_shareable(self, request: Request) -> int:
         """Full blocks of tokens that may come from the cache instead of being computed."""

@@ -4,10 +4,20 @@ There is no prefill phase and no decode phase. Each request has ``num_tokens`` a
 step lets the latter catch up with the former under one budget of tokens:
 
 1. running requests that lack one token (they decode), in the order of their rank (priority, arrival);
-2. running requests that lack more (a prompt, or a history after a preemption), a chunk each;
-3. waiting requests, while there are a slot, budget, and blocks for all their known tokens. One that lacks blocks holds
-   up those behind it, so that small requests do not starve a large one. One whose next prefix block a running request
-   is about to compute steps aside until it can share it; this is how the ``n`` choices of a request share its prompt.
+2. requests that lack more (a prompt, or a history after a preemption), running and waiting ones in one order of rank, a
+   chunk each. Where others decode, all chunks together are bounded, so that decoding goes on evenly (``pace.py``).
+
+Of equal priority it is first come first served, but for one thing: a *long* prompt, one that has more left than three
+quarters of a full step, gets a quarter of what the step has for prompts, and more only when those who came after it
+have been served. So a short prompt never waits for a long one to end, nor does a long one starve. At its end a long
+prompt is a short one, the oldest. (As with vLLM's ``max_long_partial_prefills`` and ``long_prefill_token_threshold``
+the long are served one by one; but they leave nothing unused, and keep their place in the queue. A share for each class
+instead of a virtual clock, as in fair queueing, arXiv:2401.00588, because there are but two classes.)
+
+A waiting request starts if there are a slot and blocks for all its known tokens. One that lacks them when its turn has
+come holds up those behind it, so that small requests do not starve a large one. One whose next prefix block a running
+request is about to compute steps aside until it can share it; this is how the ``n`` choices of a request share its
+prompt.
 
 The log-probabilities of prompts have a budget of their own, which cuts chunks too. In a step that has used it up those
 who ask for them are not admitted, and others pass.
@@ -18,24 +28,30 @@ that is last in rank loses its blocks and goes back to its old place in the queu
 
 A request whose reader is slow is paused: it waits, holds nothing, and is passed by until it is resumed.
 
-The vocabulary is that of vLLM's scheduler; chunked prefill is due to Sarathi-Serve (arXiv:2403.02310).
+The vocabulary is that of vLLM's scheduler; chunked prefill, and decodes that no prompt stalls, are due to Sarathi-Serve
+(arXiv:2403.02310).
 """
 
 from __future__ import annotations
 
+import math
 from bisect import insort
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from heapq import merge
+from itertools import groupby, islice
 from operator import attrgetter
 
 from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
+from lmserve.engine.pace import Pace
 from lmserve.engine.request import Request, RequestStatus
+from lmserve.engine.step_draft import SchedulerOutput, StepDraft, new_sequence
 from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
-from lmserve.runtime.interface import NewSequence, RunnerInfo, ScheduledChunk, StepInput, StepOutput
+from lmserve.runtime.interface import RunnerInfo, StepInput, StepOutput
 
 MAX_PROMPT_LOGPROBS = 256
+LONG_SHARE = 4
+"""A long prompt leaves all but the fourth part of a step to those who come after it."""
 NO_TOKEN = "The model's output is not a number, or the request's own constraints leave no token to choose."
 
 _rank = attrgetter("rank")
@@ -53,29 +69,13 @@ class SchedulerConfig:
     the budget is computed all the same."""
     prefix_caching: bool = True
     """Off, only the ``n`` choices of one request share blocks."""
+    mixed_step_factor: float = math.inf
+    """So many times as long as a decode step one may take that also reads prompts (``Pace``)."""
+    context_cost: float = 0.0
+    """What a token of context adds to what computing a token takes, as a part of what it takes without context."""
     max_num_prompt_logprobs: int = MAX_PROMPT_LOGPROBS
     """Rows of logits that one step may compute for prompts. A row is as wide as the vocabulary, so a whole step of
     them would take gigabytes; without prompts' log-probabilities there is at most one for each sequence."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
-    """One step, decided: ``requests[i]`` gets ``step.chunks[i]``."""
-
-    requests: list[Request]
-    step: StepInput
-
-
-@dataclass(slots=True)
-class _Budget:
-    """What is left of a step."""
-
-    num_tokens: int
-    num_prompt_logprobs: int
-
-    def take(self, chunk: ScheduledChunk) -> None:
-        self.num_tokens -= chunk.num_tokens
-        self.num_prompt_logprobs -= len(chunk.prompt_logprobs)
 
 
 def max_request_tokens(info: RunnerInfo) -> int:
@@ -88,12 +88,15 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, kv: KVCacheManager) -> None:
         self.kv = kv
+        self.pace = Pace(config.mixed_step_factor, config.max_num_batched_tokens)
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self.num_paused = 0
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._max_num_short_tokens = config.max_num_batched_tokens - config.max_num_batched_tokens // LONG_SHARE
         self._max_num_prompt_logprobs = config.max_num_prompt_logprobs
+        self._context_cost = config.context_cost
         self._whole_images = config.whole_images
         self._max_tokens = min(config.max_model_len, kv.max_tokens)
         self._waiting: list[Request] = []
@@ -114,20 +117,12 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Decides the next step. Its tokens count as computed only once ``update`` hears of them."""
-        decodes: list[tuple[Request, ScheduledChunk]] = []
-        prefills: list[tuple[Request, ScheduledChunk]] = []
-        new_sequences: list[NewSequence] = []
-        budget = _Budget(self._max_num_batched_tokens, self._max_num_prompt_logprobs)
-        for request in self._candidates(budget):
-            if request.slot is None:
-                self._take_slot(request)
-                new_sequences.append(_new_sequence(request))
-            chunk = self._chunk(request, budget)
-            (decodes if chunk.samples and chunk.num_tokens == 1 else prefills).append((request, chunk))
-            budget.take(chunk)
-            if budget.num_tokens <= 0:
-                break
-        return _scheduler_output(decodes + prefills, new_sequences)
+        draft = StepDraft(self._max_num_batched_tokens, self._max_num_prompt_logprobs)
+        self._decode(draft)
+        self._limit_prompts(draft)
+        if not draft.is_full:
+            self._read_prompts(draft)
+        return draft.finish()
 
     def update(self, scheduled: SchedulerOutput, output: StepOutput) -> list[RequestOutput]:
         """Takes note of a computed step; its news."""
@@ -149,6 +144,16 @@ class Scheduler:
             if news is not None:
                 outputs.append(news)
         return outputs
+
+    def observe(self, step: StepInput, seconds: float) -> None:
+        """A step has taken so long: what the sizes of the next ones are judged by."""
+        num_rows, work = 0, 0.0
+        for chunk in step.chunks:
+            if chunk.is_decode:
+                num_rows += 1
+            else:
+                work += chunk.num_tokens * (1 + self._context_cost * (chunk.start + chunk.num_tokens / 2))
+        self.pace.costs.observe(num_rows, work, seconds)
 
     def pause(self, request: Request) -> None:
         """Puts a request off until it is resumed. Others get its blocks and its slot; its place in the queue stays.
@@ -187,7 +192,7 @@ class Scheduler:
         """The step without the requests that run no more. The runner is told the others anew."""
         pairs = zip(scheduled.requests, scheduled.step.chunks, strict=True)
         kept = [pair for pair in pairs if pair[0].status is RequestStatus.RUNNING]
-        return _scheduler_output(kept, [_new_sequence(request) for request, _ in kept])
+        return SchedulerOutput.of(kept, [new_sequence(request) for request, _ in kept])
 
     def check_integrity(self) -> None:
         """Raises ``IntegrityError`` if a block or a slot was lost or given twice."""
@@ -196,33 +201,77 @@ class Scheduler:
         if sorted(slots + self._free_slots) != list(range(self._max_num_seqs)):
             raise IntegrityError(f"slots {slots} are used and {self._free_slots} free, of {self._max_num_seqs}")
 
-    def _chunk(self, request: Request, budget: _Budget) -> ScheduledChunk:
-        assert request.slot is not None
-        start = request.num_computed_tokens
-        end = start + _num_tokens(request, budget)
-        if self._whole_images:
-            end = request.end_of_whole_images(start, end)
-        samples = end == request.num_tokens and request.sampling.max_tokens > 0
-        unreported = request.unreported(start, end)
-        return ScheduledChunk(request.slot, start, end - start, request.block_table, samples, unreported)
-
-    def _candidates(self, budget: _Budget) -> Iterator[Request]:
-        """Whom to serve in this step, best first. Lazy: nobody is preempted or admitted beyond the budget.
-
-        ``budget`` is what those that came out before have left.
-        """
+    def _decode(self, draft: StepDraft) -> None:
+        """A token for each that lacks but one. Nobody is preempted for who comes after the end of the budget."""
         num_preemptions = self.num_preemptions
-        prefills: list[Request] = []
         for request in list(self._running):
-            if request.num_tokens - request.num_computed_tokens > 1:
-                prefills.append(request)
-            elif self._has_room(request):
-                yield request
-        for request in prefills:
-            if request.status is RequestStatus.RUNNING:
-                yield request
-        if self.num_preemptions == num_preemptions:
-            yield from self._admissible(budget)
+            if draft.is_full:
+                break
+            if request.num_tokens - request.num_computed_tokens == 1 and self._has_room(request):
+                draft.give(request, 1, whole_images=self._whole_images)
+        draft.may_admit = self.num_preemptions == num_preemptions
+
+    def _limit_prompts(self, draft: StepDraft) -> None:
+        num_rows = len(draft.chunks)
+        could_start = min(self.num_waiting, len(self._free_slots))
+        reading = [request.num_computed_tokens for request in self._running if request not in draft.chunks]
+        token_work = 1 + self._context_cost * max(reading, default=0)
+        allowance = self.pace.allowance(num_rows, len(reading) + could_start, token_work)
+        draft.num_tokens = min(draft.num_tokens, allowance)
+
+    def _read_prompts(self, draft: StepDraft) -> None:
+        """Chunks of prompts, running and waiting, level by level of priority."""
+        running = [request for request in self._running if request not in draft.chunks]
+        waiting = [request for request in self._waiting if not request.is_paused] if draft.may_admit else []
+        for _, level in groupby(merge(running, waiting, key=_rank), key=attrgetter("priority")):
+            if draft.is_full:
+                return
+            self._read_level(list(level), draft)
+
+    def _read_level(self, level: list[Request], draft: StepDraft) -> None:
+        """In the order of arrival. Those who come after a long prompt are served before it gets more than its share."""
+        share = max(1, draft.num_tokens // LONG_SHARE)
+        long: list[Request] = []
+        for request in level:
+            if draft.is_full:
+                return
+            if not self._is_long(request):
+                self._read(request, draft.num_tokens, draft)
+                continue
+            long.append(request)
+            if share > 0:
+                share -= self._read(request, share, draft)
+        for request in long:
+            if draft.is_full:
+                return
+            self._read(request, draft.num_tokens, draft)
+
+    def _is_long(self, request: Request) -> bool:
+        """Whether what is left of its prompt is more than what a step has for those who come after a long one."""
+        num_left = request.num_tokens - request.num_computed_tokens
+        if num_left <= self._max_num_short_tokens:
+            return False
+        return request.slot is not None or self.kv.num_missing_tokens(request) > self._max_num_short_tokens
+
+    def _read(self, request: Request, most: int, draft: StepDraft) -> int:
+        """Gives a request a chunk of its prompt, or a longer one, if it runs or can start; how many tokens it took."""
+        if request.slot is None and not self._start(request, draft):
+            return 0
+        return draft.give(request, most, whole_images=self._whole_images)
+
+    def _start(self, request: Request, draft: StepDraft) -> bool:
+        """Lets a waiting request run, with blocks for all its known tokens, if it can. Else others may pass it,
+        unless what it lacks is blocks or a slot."""
+        if not draft.may_admit or self.kv.prefix_is_pending(request):
+            return False
+        if request.sampling.prompt_logprobs is not None and draft.num_prompt_logprobs == 0:
+            return False  # all its choices: the others would compute the prompt that the first is to compute
+        if not self._free_slots or not self.kv.admit(request, num_spare=len(self._running)):
+            draft.may_admit = False
+            return False
+        self._take_slot(request)
+        draft.new_sequences.append(new_sequence(request))
+        return True
 
     def _has_room(self, request: Request) -> bool:
         """A block for the newest token, if need be at the cost of the last in rank. False if that was this request."""
@@ -231,19 +280,6 @@ class Scheduler:
                 return True
             self._preempt(self._running[-1])
         return False
-
-    def _admissible(self, budget: _Budget) -> Iterator[Request]:
-        """Waiting requests that start now; they have their blocks when they come out, and no slot yet."""
-        for request in list(self._waiting):
-            if not self._free_slots:
-                return
-            if request.is_paused or self.kv.prefix_is_pending(request):
-                continue
-            if request.sampling.prompt_logprobs is not None and budget.num_prompt_logprobs == 0:
-                continue  # all its choices: the others would compute the prompt that the first is to compute
-            if not self.kv.admit(request, num_spare=len(self._running)):
-                return
-            yield request
 
     def _take_slot(self, request: Request) -> None:
         self._waiting.remove(request)
@@ -294,39 +330,6 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.slot = None
         self.kv.free(request)
-
-
-def _num_tokens(request: Request, budget: _Budget) -> int:
-    """How many tokens of a request the budget lets be computed: at least one.
-
-    Rows of logits are left for whoever needs one: of the running requests only the last that was admitted can still
-    have prompt tokens to report, and it is served before any other is admitted.
-    """
-    start = request.num_computed_tokens
-    num_tokens = min(budget.num_tokens, request.num_tokens - start)
-    unreported = request.unreported(start, start + num_tokens)
-    if len(unreported) > budget.num_prompt_logprobs:
-        return unreported[budget.num_prompt_logprobs] - start
-    return num_tokens
-
-
-def _new_sequence(request: Request) -> NewSequence:
-    assert request.slot is not None
-    return NewSequence(
-        request.slot,
-        tuple(request.token_ids(0, request.num_tokens)),
-        request.num_prompt_tokens,
-        request.sampling,
-        request.choice,
-        request.eos_token_ids,
-        request.images,
-        request.grammar,
-    )
-
-
-def _scheduler_output(pairs: list[tuple[Request, ScheduledChunk]], new_sequences: list[NewSequence]) -> SchedulerOutput:
-    chunks = [chunk for _, chunk in pairs]
-    return SchedulerOutput([request for request, _ in pairs], StepInput(chunks, new_sequences))
 
 
 def _output(

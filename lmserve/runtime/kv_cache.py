@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lmserve.runtime.attention.base import CacheLayout, LayerCache
+from lmserve.runtime.pages import pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +33,21 @@ class KVCache:
     """
 
     def __init__(self, shapes: dict[int, LayerShape], layout: CacheLayout) -> None:
-        self.layers = {
-            layer: LayerCache(
-                k=_zeros(layout, shape.num_kv_heads, shape.key_size),
-                v=_zeros(layout, shape.num_kv_heads, shape.value_size),
-            )
-            for layer, shape in shapes.items()
-        }
+        wanted = [
+            (layout.num_slots, shape.num_kv_heads, size)
+            for shape in shapes.values()
+            for size in (shape.key_size, shape.value_size)
+        ]
+        pools = iter(_zeros(wanted, layout))
+        self.layers = {layer: LayerCache(k=next(pools), v=next(pools)) for layer in shapes}
 
 
-def _zeros(layout: CacheLayout, num_heads: int, size: int) -> Tensor:
+def _zeros(shapes: list[tuple[int, int, int]], layout: CacheLayout) -> list[Tensor]:
     """On a CPU the operating system's own zero pages, which take memory only once they are written to."""
-    shape = (layout.num_slots, num_heads, size)
     if layout.device.type != "cpu":
-        return torch.zeros(shape, device=layout.device, dtype=layout.dtype)
-    num_bytes = layout.num_slots * num_heads * size * layout.dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(layout.dtype).view(shape)
+        return [torch.zeros(shape, device=layout.device, dtype=layout.dtype) for shape in shapes]
+    arrays = pieces([math.prod(shape) * layout.dtype.itemsize for shape in shapes])
+    return [torch.from_numpy(raw).view(layout.dtype).view(shape) for raw, shape in zip(arrays, shapes, strict=True)]
 
 
 def block_bytes(shapes: dict[int, LayerShape], block_size: int, dtype: torch.dtype) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lmserve.engine.core import EngineCore
 from lmserve.engine.messages import AddRequest
@@ -39,7 +40,11 @@ def make_request(
 
 
 def make_config(
-    info: RunnerInfo, *, prefix_caching: bool = True, max_num_prompt_logprobs: int = MAX_PROMPT_LOGPROBS
+    info: RunnerInfo,
+    *,
+    prefix_caching: bool = True,
+    max_num_prompt_logprobs: int = MAX_PROMPT_LOGPROBS,
+    mixed_step_factor: float = math.inf,
 ) -> SchedulerConfig:
     """The limits that the runner names."""
     return SchedulerConfig(
@@ -49,12 +54,15 @@ def make_config(
         whole_images=info.images == "whole",
         prefix_caching=prefix_caching,
         max_num_prompt_logprobs=max_num_prompt_logprobs,
+        mixed_step_factor=mixed_step_factor,
     )
 
 
-def make_engine(runner: FakeRunner, *, prefix_caching: bool = True) -> EngineCore:
-    """An engine around a fake runner."""
-    return EngineCore(runner, make_config(runner.info, prefix_caching=prefix_caching))
+def make_engine(
+    runner: FakeRunner, *, prefix_caching: bool = True, clock: Callable[[], float] = lambda: 0.0
+) -> EngineCore:
+    """An engine around a fake runner. Its clock stands still."""
+    return EngineCore(runner, make_config(runner.info, prefix_caching=prefix_caching), clock)
 
 
 class Results:

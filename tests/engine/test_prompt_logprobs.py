@@ -157,8 +157,7 @@ def test_rows_run_out_in_the_middle_of_a_step() -> None:
     assert [sum(len(positions) for _, _, positions in step) for step in chunks(runner)] == [8, 8, 2]
 
 
-def test_one_that_runs_gets_its_rows_before_one_that_waits() -> None:
-    """Whatever their rank, so that not two prompts are under way with rows for one."""
+def test_rows_go_by_rank_and_one_that_runs_waits_for_some() -> None:
     runner = FakeRunner(make_info())
     engine = make_limited(runner, 4)
     engine.add_request(message("running", 10))
@@ -169,7 +168,7 @@ def test_one_that_runs_gets_its_rows_before_one_that_waits() -> None:
     while engine.has_work:
         results.take(engine.step())
     assert_complete(results, message("running", 10), urgent)
-    assert [[len(positions) for _, _, positions in step] for step in chunks(runner)] == [[4], [4], [1, 3], [1]]
+    assert [[len(positions) for _, _, positions in step] for step in chunks(runner)] == [[4], [4], [4], [1]]
 
 
 def test_choices_of_one_that_lacks_rows_do_not_compute_its_prompt() -> None:

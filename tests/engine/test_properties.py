@@ -6,18 +6,23 @@ The fake runner checks what it is told to do, ``WatchedScheduler`` who gets it, 
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import attrgetter
 from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.messages import AddRequest, Cancel, Pause, Resume
+from lmserve.engine.pace import Pace
 from lmserve.engine.request import Request, RequestStatus
-from lmserve.engine.scheduler import Scheduler, SchedulerOutput, max_request_tokens
+from lmserve.engine.scheduler import LONG_SHARE, Scheduler, SchedulerConfig, max_request_tokens
+from lmserve.engine.step_draft import SchedulerOutput
 from lmserve.outputs import FinishReason
 from lmserve.runtime.interface import ImageReading, PromptImage, RunnerInfo, SequenceFailed
 from lmserve.sampling_params import SamplingParams
@@ -25,6 +30,7 @@ from tests.engine.factories import Results, expected_output, expected_prompt_log
 from tests.engine.fake_runner import EOS, VOCAB_SIZE, FakeRunner, Faults, Moment, OutOfMemoryError, make_info
 
 MAX_STEPS_PER_REQUEST = 200
+_rank = attrgetter("rank")
 READINGS = get_args(ImageReading)
 
 
@@ -36,11 +42,32 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+class WatchedPace(Pace):
+    """Remembers what it has said."""
+
+    num_rows = allowed = 0
+
+    def allowance(self, num_rows: int, num_prompts: int, token_work: float = 1.0) -> int:
+        self.num_rows, self.allowed = num_rows, super().allowance(num_rows, num_prompts, token_work)
+        return self.allowed
+
+
 class WatchedScheduler(Scheduler):
     """A scheduler that looks over its own shoulder."""
 
+    def __init__(self, config: SchedulerConfig, kv: KVCacheManager) -> None:
+        super().__init__(config, kv)
+        self.pace = self.watched_pace = WatchedPace(config.mixed_step_factor, config.max_num_batched_tokens)
+
+    @property
+    def _num_for_prompts(self) -> int:
+        """Tokens that the last step had for prompts."""
+        pace = self.watched_pace
+        return max(0, min(pace.allowed, self._max_num_batched_tokens - pace.num_rows))
+
     def schedule(self) -> SchedulerOutput:
         before = list(self._running)
+        long = [request for request in sorted([*before, *self._waiting], key=_rank) if self._is_long(request)]
         scheduled = super().schedule()
         kept = [request for request in before if request.status is RequestStatus.RUNNING]
         preempted = [request for request in before if request.status is not RequestStatus.RUNNING]
@@ -55,12 +82,39 @@ class WatchedScheduler(Scheduler):
             if any(request.rank < other.rank for other in started):
                 lacks_rows = no_rows_left and request.sampling.prompt_logprobs is not None
                 may_be_passed = request.is_paused or lacks_rows or self.kv.prefix_is_pending(request)
-                assert may_be_passed, "only who waits for a prefix, or is paused, is passed"
+                assert may_be_passed or self._has_a_long_one_before(request, long, scheduled), "passed for no reason"
         assert not any(request.is_paused for request in self._running)
-        if scheduled.step.num_tokens < self._max_num_batched_tokens:
-            assert set(scheduled.requests) == set(self._running), "budget is left, and somebody gets nothing"
+        num_prompt_tokens = scheduled.step.num_tokens - self.watched_pace.num_rows
+        if num_prompt_tokens < self._num_for_prompts:
+            owed = [request.num_prompt_logprobs < request.num_prompt_logprobs_wanted for request in self._running]
+            served = {r for r, owes in zip(self._running, owed, strict=True) if not (owes and no_rows_left)}
+            assert served <= set(scheduled.requests), "budget is left, and somebody gets nothing"
+        elif num_prompt_tokens > self._num_for_prompts:
+            assert self._whole_images, "more than a mixed step may read"
+            assert num_prompt_tokens - scheduled.step.chunks[-1].num_tokens < self._num_for_prompts
         assert scheduled.requests or not (self._running or self.num_waiting), "there is work, and nobody gets on"
+        self._check_the_first_reader(scheduled)
         return scheduled
+
+    def _has_a_long_one_before(self, request: Request, long: list[Request], scheduled: SchedulerOutput) -> bool:
+        """A long prompt may be passed by short ones while an older one of its level has the share of the long."""
+        if request not in long:
+            return False
+        older = [r for r in long[: long.index(request)] if r.priority == request.priority]
+        return any(r in scheduled.requests for r in older)
+
+    def _check_the_first_reader(self, scheduled: SchedulerOutput) -> None:
+        """Whatever comes after it, it gets its share of what the decodes have left."""
+        pairs = list(zip(scheduled.requests, scheduled.step.chunks, strict=True))
+        new = {sequence.slot for sequence in scheduled.step.new_sequences}
+        readers = [r for r in self._running if r.num_tokens - r.num_computed_tokens > 1 or r.slot in new]
+        if not readers or not self._num_for_prompts:
+            return
+        first = readers[0]
+        [chunk] = [chunk for request, chunk in pairs if request is first]
+        due = min(first.num_tokens - first.num_computed_tokens, max(1, self._num_for_prompts // LONG_SHARE))
+        cut = bool(first.images) or len(chunk.prompt_logprobs) == self._max_num_prompt_logprobs
+        assert chunk.num_tokens >= due or cut
 
     def halve(self, scheduled: SchedulerOutput) -> SchedulerOutput:
         fewer = super().halve(scheduled)
@@ -118,8 +172,14 @@ def make_faults(rng: random.Random, count: int) -> Faults:
 
 def live(rng: random.Random, info: RunnerInfo, num_requests: int, faults: Faults, *, prefix_caching: bool) -> int:
     """One life, from the first request to the last answer. Returns the number of preemptions."""
-    engine = make_engine(FakeRunner(info, faults), prefix_caching=prefix_caching)
-    config = make_config(info, prefix_caching=prefix_caching, max_num_prompt_logprobs=rng.randint(1, 40))
+    ticks = accumulate(iter(lambda: rng.choice((0.0, 0.1, 0.2, rng.expovariate(1))), None))
+    engine = make_engine(FakeRunner(info, faults), prefix_caching=prefix_caching, clock=lambda: next(ticks))
+    config = make_config(
+        info,
+        prefix_caching=prefix_caching,
+        max_num_prompt_logprobs=rng.randint(1, 40),
+        mixed_step_factor=rng.choice((1.0, 1.5, 3.0, math.inf)),
+    )
     engine.scheduler = WatchedScheduler(config, engine.scheduler.kv)
     messages = make_messages(rng, num_requests, info)
     results, cancelled, num_sent = Results(), set(), 0

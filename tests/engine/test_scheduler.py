@@ -5,7 +5,8 @@ import pytest
 from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.request import Request, RequestStatus
-from lmserve.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput, max_request_tokens
+from lmserve.engine.scheduler import Scheduler, SchedulerConfig, max_request_tokens
+from lmserve.engine.step_draft import SchedulerOutput
 from lmserve.outputs import FinishReason, RequestOutput
 from lmserve.runtime.interface import StepOutput
 from lmserve.sampling_params import SamplingParams
@@ -213,10 +214,9 @@ def test_a_prefix_in_the_making_is_waited_for_and_then_shared() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=8)
     requests = make_requests(18, 18, 18, same_prompt=True)
     add_all(scheduler, requests)
-    other = make_request(4, name="other", arrival=9, first_token=33)
-    scheduler.add(other)
     assert step(scheduler) == {"0": 8}
     assert step(scheduler) == {"0": 8}
+    scheduler.add(make_request(4, name="other", arrival=9, first_token=33))
     assert step(scheduler) == {"0": 2, "1": 2, "2": 2, "other": 2}
     assert requests[1].block_table[:4] == requests[2].block_table[:4] == requests[0].block_table[:4]
     assert scheduler.num_cached_tokens == 32
