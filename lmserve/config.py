@@ -46,8 +46,8 @@ class ModelConfig:
     )
     quantization: str = _key(
         "none",
-        "int8: an encoder's products in 8 bits (docs/embeddings.md has the loss)",
-        choices=("none", "int8"),
+        "weights in 8 or 4 bits: less memory, faster, with a loss (docs/quantization.md, docs/embeddings.md)",
+        choices=("none", "int8", "int4"),
     )
     task: str = _key(
         "auto",
@@ -60,6 +60,13 @@ class ModelConfig:
     max_num_seqs: int = _key(64, "sequences that run at once", low=1, high=4096)
     max_num_batched_tokens: int = _key(
         0, "tokens that one step computes; 0: 512 on a CPU (encoders: 1024), 4096 elsewhere", low=0
+    )
+    mixed_step_factor: float = _key(
+        1.4,
+        "so many times as long as a step of decodes one may take that reads prompts, too, while few wait; more: first "
+        "tokens come sooner, and streams less evenly",
+        low=1.0,
+        high=1000.0,
     )
     block_size: int = _key(16, "tokens in one KV block", low=1, high=1024)
     kv_cache_memory: int = _key(

@@ -77,6 +77,8 @@ def _scheduler_config(config: ModelConfig, runner: ModelRunner) -> SchedulerConf
         max_model_len=runner.info.max_model_len,
         whole_images=runner.info.images == "whole",
         prefix_caching=config.prefix_caching,
+        mixed_step_factor=config.mixed_step_factor,
+        context_cost=runner.info.context_cost,
     )
 
 
@@ -118,8 +120,6 @@ def _build(config: ModelConfig, say: Callable[[str, float], None], reserved: int
     task = choose_task(config)
     if task != "generate":
         return build_encoder(config, task, say)
-    if config.quantization != "none":
-        raise ModelLoadFailed(f"quantization {config.quantization} is there for embedding and reranking models only")
     return build_runner(config, say, reserved_bytes=reserved)
 
 

@@ -66,7 +66,8 @@ def _details(entry: ModelEntry) -> ModelDetails:
     arch = facts.model_type or facts.architecture if facts is not None else None
     quant = facts.quantization if facts is not None else None
     if info is not None:
-        arch, quant = arch or info.model_type or info.architecture, quant or quantization(info.dtype)
+        arch, loaded = arch or info.model_type or info.architecture, quantization(info.dtype)
+        quant = loaded if loaded.startswith("INT") or not quant else quant
     return ModelDetails(
         id=entry.model_id,
         object="model",

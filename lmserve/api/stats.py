@@ -45,8 +45,8 @@ class StatsReporter:
 
 
 def quantization(dtype: str) -> str:
-    """The number format of the weights, in LM Studio's short names."""
-    return _QUANT.get(dtype, dtype)
+    """The number format of the weights, in LM Studio's short names; of a model quantized at its load INT8 or INT4."""
+    return _QUANT.get(dtype, dtype.partition(" ")[0].upper())
 
 
 def file_format(entry: ModelEntry) -> Literal["safetensors", "gguf"]:

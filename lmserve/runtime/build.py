@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lmserve.config import ModelConfig
@@ -19,18 +20,27 @@ from lmserve.runtime.interface import RunnerInfo
 from lmserve.runtime.kv_cache import KVCache, block_bytes
 from lmserve.runtime.loader import fingerprint, load_model, native_context_length, reads_images
 from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
-from lmserve.runtime.memory_plan import activation_bytes, num_batched_tokens
+from lmserve.runtime.memory_plan import activation_bytes, num_batched_tokens, number_format, weight_bytes
 from lmserve.runtime.model_runner import PackedModelRunner
+from lmserve.runtime.native.build import build_program
+from lmserve.runtime.native.compiler import NativeUnavailable
+from lmserve.runtime.native.program import Limits
+from lmserve.runtime.native.sampling import first_largest
+from lmserve.runtime.native.trace import NotTraceable
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
-from lmserve.runtime.prepack import leave_the_files, prepack
+from lmserve.runtime.prepack import leave_the_files, prepack, tensors_but, tensors_of
+from lmserve.runtime.quantization import Quantization, quantize, quantize_by_torchao
 from lmserve.runtime.rope import pin_rope
 from lmserve.runtime.sampler import Sampler
 from lmserve.runtime.sampling_state import SamplingState
-from lmserve.runtime.self_check import check_packed_lane
+from lmserve.runtime.self_check import LONGEST_WINDOW, check_packed_lane
 from lmserve.runtime.vision.check import ImageCheck, check_images
 
 READING_SHARE = 0.8
 """Of a load's time, in reading the weights: what the progress bar makes of it."""
+
+MAX_PROMPT_ROWS = 256
+"""Rows of logits for prompts' log-probabilities that the scheduler asks for in one step."""
 
 Progress = Callable[[str, float], None]
 
@@ -78,9 +88,11 @@ def assemble_runner(
 ) -> PackedModelRunner:
     """A runner around a model that is on its device. Raises as ``build_runner`` does."""
     weights = Weights.of(model)
-    prepack(model, model.device, dtype)
-    if model.device.type == "cpu":
-        leave_the_files(model)
+    kind: Quantization | None = None if config.quantization == "none" else config.quantization  # type: ignore[assignment]
+    if model.device.type == "cpu" or kind is not None:
+        weights = replace(weights, num_bytes=weight_bytes(model, model.device, dtype, config.quantization))
+    if model.device.type != "cpu" and kind is not None:
+        quantize_by_torchao(model, kind)
     lane = PackedLane(model)
     try:
         shapes = lane.probe()
@@ -102,19 +114,28 @@ def assemble_runner(
         progress(sentence, READING_SHARE)
     layout = CacheLayout(config.block_size, size.num_blocks, model.device, dtype)
     backend = backend_class(config.attention_backend, model.device.type)(layout)
-    lane.attach(KVCache(shapes, layout), backend)
+    cache = KVCache(shapes, layout)
+    lane.attach(cache, backend)
     vocab_size = model.config.get_text_config().vocab_size
+    if model.device.type == "cpu":
+        progress("packing the weights", 0.85)
+        sentence = _bring_to_the_processor(lane, config, cache, layout, dtype, kind)
+        if sentence:
+            progress(sentence, 0.88)
     if config.self_check:
         progress("comparing with the stock forward", 0.9)
-        _check(lane, config, vocab_size, size.num_blocks * config.block_size, dtype)
+        sentence = _check(lane, config, vocab_size, size.num_blocks * config.block_size, dtype)
+        if sentence:
+            progress(sentence, 0.9)
     images = _check_images(lane, config, size, dtype, progress) if reads_images(model.config) else ImageCheck("none")
     info = replace(
-        _describe(model, config, weights, size, backend.name, size.num_blocks * bytes_per_block),
+        _describe(lane, config, weights, size, backend.name, size.num_blocks * bytes_per_block),
         images=images.reading,
         no_images=images.reason,
     )
     state = SamplingState(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size, device=model.device)
-    return PackedModelRunner(lane, Sampler(state), state, info, images.reader)
+    sampler = Sampler(state, first_largest if lane.program is not None else None)
+    return PackedModelRunner(lane, sampler, state, info, images.reader)
 
 
 def _check_images(
@@ -131,21 +152,25 @@ def _check_images(
 
 
 def _describe(
-    model: PreTrainedModel,
+    lane: PackedLane,
     config: ModelConfig,
     weights: Weights,
     size: CacheSize,
     backend: str,
     kv_cache_bytes: int,
 ) -> RunnerInfo:
+    model = lane.model
     dtype = model.dtype
+    if lane.program is not None:
+        backend = "native"
+    bits = "" if config.quantization == "none" else config.quantization
     return RunnerInfo(
         architecture=type(model).__name__,
         model_type=str(model.config.get_text_config().model_type),
         device=str(model.device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=number_format(dtype, config.quantization),
         attention_backend=backend,
-        lane="packed",
+        lane="packed" if lane.program is None else "native",
         num_parameters=weights.num_parameters,
         weight_bytes=weights.num_bytes,
         vocab_size=model.config.get_text_config().vocab_size,
@@ -155,16 +180,67 @@ def _describe(
         kv_cache_bytes=kv_cache_bytes,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=num_batched_tokens(config, model.device),
-        fingerprint=fingerprint(config, model, dtype, backend),
+        context_cost=_context_cost(lane, weights.num_parameters),
+        fingerprint=fingerprint(config, model, dtype, backend + bits),
     )
 
 
-def _check(lane: PackedLane, config: ModelConfig, vocab_size: int, num_slots: int, dtype: torch.dtype) -> None:
+def _context_cost(lane: PackedLane, num_parameters: int) -> float:
+    """``RunnerInfo.context_cost``, roughly: by the multiplications, those of attention counted twice, for they are
+    small products and a softmax in between. ``lane`` has probed its layers."""
+    text = lane.model.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)  # some configurations have a list: then at least the cache's
+    attention = sum(
+        (heads if isinstance(heads, int) else shape.num_kv_heads) * (shape.key_size + shape.value_size)
+        for shape in lane.shapes.values()
+    )
+    return float(2 * attention / max(1, num_parameters - text.vocab_size * getattr(text, "hidden_size", 0)))
+
+
+def _bring_to_the_processor(
+    lane: PackedLane,
+    config: ModelConfig,
+    cache: KVCache,
+    layout: CacheLayout,
+    dtype: torch.dtype,
+    kind: Quantization | None,
+) -> str:
+    """Weights in the layout of the processor's products, and the step as one native program where there can be one.
+
+    Returns why there is none, for the start-up message; nothing if there is one, or was not to be.
+    """
+    model = lane.model
+    leave_the_files(tensors_but(model, nn.Linear))
+    reason = ""
+    if config.attention_backend == "auto":
+        num_tokens = max(num_batched_tokens(config, model.device), LONGEST_WINDOW + 64)
+        limits = Limits(num_tokens, max(config.max_num_seqs + MAX_PROMPT_ROWS, num_tokens))
+        try:
+            lane.program = build_program(lane, cache, layout, limits, kind)
+        except (NotTraceable, NativeUnavailable) as error:
+            reason = f"torch runs each operation of a step: {error}"
+    if kind is not None:
+        quantize(model, kind)
+    prepack(model, model.device, dtype)
+    leave_the_files(tensors_of(model, nn.Linear))
+    return reason
+
+
+def _check(lane: PackedLane, config: ModelConfig, vocab_size: int, num_slots: int, dtype: torch.dtype) -> str:
+    """Serves exactly what was seen to be exact: the native program, else the packed lane.
+
+    Returns what is to be said about it.
+    """
     needed = 3 * -(-64 // config.block_size) * config.block_size
     if num_slots < needed:
-        return  # a cache for toys: nothing to compare in
+        return ""  # a cache for toys: nothing to compare in
+    said = ""
     try:
         result = check_packed_lane(lane, vocab_size, config.block_size, num_slots // 4, dtype)
+        if not result.passed and lane.program is not None:
+            said = f"torch runs each operation of a step: the native program is off by {result.error:.2g}"
+            lane.program = None
+            result = check_packed_lane(lane, vocab_size, config.block_size, num_slots // 4, dtype)
     except UnsupportedModel as error:
         raise ModelLoadFailed(f"{type(lane.model).__name__} cannot be served: {error}") from error
     if not result.passed:
@@ -172,3 +248,4 @@ def _check(lane: PackedLane, config: ModelConfig, vocab_size: int, num_slots: in
             f"{type(lane.model).__name__} cannot be served exactly: packed logits differ from the stock ones by "
             f"{result.error:.2g} of their spread, {result.tolerance:.2g} is allowed"
         )
+    return said

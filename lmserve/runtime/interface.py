@@ -47,6 +47,8 @@ class RunnerInfo:
     """Slots."""
     max_num_batched_tokens: int
     """Tokens that one step may compute."""
+    context_cost: float = 0.0
+    """What a token of context adds to what computing a token takes, as a part of what it takes without context."""
     task: Task = "generate"
     images: ImageReading = "none"
     no_images: str = ""
@@ -137,6 +139,11 @@ class ScheduledChunk:
     samples: bool
     prompt_logprobs: range = range(0)
     """Positions in the chunk whose next prompt token's log-probability is wanted. The prompt's last token has none."""
+
+    @property
+    def is_decode(self) -> bool:
+        """A prompt of one token counts as one, too."""
+        return self.samples and self.num_tokens == 1
 
 
 @dataclass(frozen=True, slots=True)

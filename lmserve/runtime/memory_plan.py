@@ -28,8 +28,10 @@ from lmserve.runtime.loader import (
     reads_images,
 )
 from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
+from lmserve.runtime.native.compiler import NativeUnavailable, check_available
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
 from lmserve.runtime.prepack import linears_to_prepack
+from lmserve.runtime.quantization import Quantization, kind_of, quantized_bytes
 from lmserve.runtime.vision.encoder import CACHE_BYTES
 
 CPU_BATCHED_TOKENS = 512
@@ -62,7 +64,7 @@ def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
     size, bytes_per_block = _cache_size(model, config, dtype, rest, device)
     return MemoryPlan(
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=number_format(dtype, config.quantization),
         max_model_len=size.max_model_len,
         max_num_seqs=config.max_num_seqs,
         weight_bytes=weights,
@@ -78,15 +80,34 @@ def loaded_weight_bytes(config: ModelConfig, source: ModelSource, model: nn.Modu
     """As ``weight_bytes``, of a quantized checkpoint too."""
     quantized = getattr(source.config, "quantization_config", None) is not None and not source.is_gguf
     in_files = _file_bytes(Path(config.model)) if quantized else 0
-    return in_files or weight_bytes(model, source.device, dtype)
+    return in_files or weight_bytes(model, source.device, dtype, config.quantization)
 
 
-def weight_bytes(model: nn.Module, device: torch.device, dtype: torch.dtype) -> int:
-    """Of the weights as they will stand in memory: a prepacked one whose tensor others use too is there twice."""
+def weight_bytes(model: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str = "none") -> int:
+    """Of the weights as they will stand in memory: a packed one whose tensor others use too is there twice."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    prepacked = [linear.weight for _, _, linear in linears_to_prepack(model, device, dtype)]
-    twice = [weight for weight in prepacked if owners[id(weight)] > 1]
-    return sum(weight.numel() * dtype.itemsize for weight in (*model.parameters(), *twice))
+    kind: Quantization | None = None if quantization == "none" else quantization  # type: ignore[assignment]
+    packed: dict[int, nn.Linear] = {}
+    if kind is not None or native_is_available(device):
+        packed = {id(module.weight): module for module in model.modules() if type(module) is nn.Linear}
+    else:
+        packed = {id(linear.weight): linear for _, _, linear in linears_to_prepack(model, device, dtype)}
+    plain = sum(p.numel() * dtype.itemsize for p in model.parameters() if id(p) not in packed or owners[id(p)] > 1)
+    for linear in packed.values():
+        numbers = linear.weight.numel() * dtype.itemsize
+        plain += numbers if kind is None else quantized_bytes(linear, kind_of(linear, model, kind), dtype)
+    return plain
+
+
+def native_is_available(device: torch.device) -> bool:
+    """Whether weights are likely to be packed for native products: for models that can be traced they are."""
+    if device.type != "cpu":
+        return False
+    try:
+        check_available()
+    except NativeUnavailable:
+        return False
+    return True
 
 
 def activation_bytes(model: nn.Module, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
@@ -128,6 +149,12 @@ def hollow_model(model_config: Any, auto_class: Any, trust_remote_code: bool) ->
         raise ModelLoadFailed(f"{type(model_config).__name__}: {error}") from error
     model.train(False)
     return model
+
+
+def number_format(dtype: torch.dtype, quantization: str) -> str:
+    """As people read it."""
+    name = str(dtype).removeprefix("torch.")
+    return name if quantization == "none" else f"{quantization} and {name}"
 
 
 def _cache_size(

@@ -28,13 +28,10 @@ from lmserve.runtime.interface import (
     StepOutput,
 )
 from lmserve.runtime.logprobs import RankedLogprobs, rank_logprobs
-from lmserve.runtime.packed_lane import PackedBatch, PackedLane
+from lmserve.runtime.packed_lane import PackedBatch, PackedLane, StepProgram
 from lmserve.runtime.sampler import SampledTokens, Sampler
 from lmserve.runtime.sampling_state import SamplingState
 from lmserve.runtime.vision.layout import ImageRows, PromptLayout, PromptReader
-
-MIN_ROWS = 4
-"""From four rows on torch's CPU products give a row the same bits whatever their number; below, other kernels run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +75,11 @@ class PackedModelRunner:
         self._masks = GrammarMasks(max_num_seqs=info.max_num_seqs, vocab_size=info.vocab_size)
         self._in_flight: _Step | None = None
         self._num_encoded = 0
+
+    @property
+    def program(self) -> StepProgram | None:
+        """What computes its steps instead of the model's forward, if there is such a thing."""
+        return self._lane.program
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> None:
@@ -144,9 +146,9 @@ class PackedModelRunner:
         )
 
     def _pack(self, chunks: list[ScheduledChunk]) -> PackedBatch:
-        """The chunks side by side, padded to ``MIN_ROWS`` with rows that write to scratch and attend to nothing."""
+        """The chunks side by side, padded to ``min_rows`` with rows that write to scratch and attend to nothing."""
         block_size = self.info.block_size
-        num_rows = max(MIN_ROWS, sum(chunk.num_tokens for chunk in chunks))
+        num_rows = max(self._lane.min_rows, sum(chunk.num_tokens for chunk in chunks))
         ids = np.zeros(num_rows, np.int64)
         positions = np.zeros((self._num_position_rows, num_rows), np.int64)
         slots = np.full(num_rows, self._scratch_slot, np.int64)
@@ -180,7 +182,7 @@ class PackedModelRunner:
             prompt_rows += [row + position - chunk.start for position in chunk.prompt_logprobs]
             row = end_row
         logits_rows += prompt_rows
-        logits_rows += [0] * (MIN_ROWS - len(logits_rows))
+        logits_rows += [0] * (self._lane.min_rows - len(logits_rows))
         input_ids = self._to_device(ids)
         if device_rows:
             last = self._last_tokens.index_select(0, self._index(device_slots))

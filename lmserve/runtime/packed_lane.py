@@ -11,10 +11,10 @@ forward, so there is no per-model code. It was found to give the stock logits in
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from transformers import AttentionInterface
 from lmserve.runtime.attention.base import AttentionBackend, LayerOptions, Span
 from lmserve.runtime.kv_cache import KVCache, LayerShape
 from lmserve.runtime.vision.layout import ImageRows
+
+MIN_ROWS = 4
+"""From four rows on torch's CPU products give a row the same bits whatever their number; below, other kernels run."""
 
 
 class UnsupportedModel(Exception):
@@ -46,17 +49,32 @@ class PackedBatch:
     """The rows that are no text."""
 
 
+class StepProgram(Protocol):
+    """Another way to run the lane's model: the whole step at once (``lmserve.runtime.native``)."""
+
+    def takes(self, num_tokens: int, num_kept: int, num_position_rows: int) -> bool: ...
+
+    def run(self, ids: Tensor, positions: Tensor, slots: Tensor, kept: Tensor, spans: Sequence[Span]) -> Tensor: ...
+
+
+Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor, float, int | None, float | None, Tensor | None], Tensor]
+"""Takes the attention's module, query, key, value, scaling, window, softcap and sinks."""
+
+
 class PackedLane:
     """Owns the plug between a model and the paged cache. One model, one lane, one step at a time."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
+        self.program: StepProgram | None = None
+        """Runs the steps that it takes, all but those with images."""
         self.shapes: dict[int, LayerShape] = {}
         self._cache: KVCache | None = None
         self._backend: AttentionBackend | None = None
         self._plan: Any = None
         self._slot_mapping: Tensor | None = None
         self._deep: dict[str, Any] = {}
+        self._watcher: Watcher | None = None
         self._parameters = frozenset(inspect.signature(self.model.forward).parameters)
         # transformers reads meaning from names: "flash", "sdpa" and a slash must not be in it.
         self._name = f"lmserve_packed_{id(self):x}"
@@ -75,6 +93,21 @@ class PackedLane:
         finally:
             self._set_implementation(self._name)
 
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """The model with somebody else's attention, who wants to see what it is called with."""
+        self._set_implementation(self._name)
+        self._watcher = watcher
+        try:
+            yield
+        finally:
+            self._watcher = None
+
+    @property
+    def min_rows(self) -> int:
+        """Rows that a step has at least, so that a row's bits do not depend on how many there are."""
+        return MIN_ROWS if self.program is None else 1
+
     def probe(self) -> dict[int, LayerShape]:
         """Learns each attention layer's shape from a forward of a few tokens that attends to nothing."""
         self._set_implementation(self._name)
@@ -90,8 +123,12 @@ class PackedLane:
         self._cache, self._backend = cache, backend
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """(R, vocab) logits in the model's dtype."""
+        """(R, vocab) logits in the model's dtype, valid until the next call."""
         assert self._backend is not None, "attach comes first"
+        num_position_rows = 1 if batch.positions.dim() == 1 else len(batch.positions)
+        program = self.program if batch.images is None else None
+        if program is not None and program.takes(len(batch.input_ids), len(batch.logits_rows), num_position_rows):
+            return program.run(batch.input_ids, batch.positions, batch.slot_mapping, batch.logits_rows, batch.spans)
         self._plan = self._backend.plan(batch.spans)
         self._slot_mapping = batch.slot_mapping
         positions = batch.positions[None] if batch.positions.dim() == 1 else batch.positions[:, None]
@@ -148,6 +185,9 @@ class PackedLane:
         self._refuse_unknown(attention_mask, arguments)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         layer = id(module)
+        scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+        if self._watcher is not None:
+            return self._watcher(module, query, key, value, scaling, sliding_window, softcap, s_aux), None
         if self._cache is None:
             self.shapes[layer] = LayerShape(k.shape[1], k.shape[2], v.shape[2])
             return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
@@ -156,7 +196,7 @@ class PackedLane:
         cache = self._cache.layers[layer]
         cache.k.index_copy_(0, self._slot_mapping, k)
         cache.v.index_copy_(0, self._slot_mapping, v)
-        options = LayerOptions(q.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+        options = LayerOptions(scaling, sliding_window, softcap, s_aux)
         return self._backend.attend(q, k, v, cache, self._plan, options)[None], None
 
     @staticmethod

@@ -7,7 +7,7 @@ of decoding. In float32 torch goes another library's way; oneDNN's results diffe
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +72,28 @@ def prepack(
     return len(linears)
 
 
-def leave_the_files(model: nn.Module) -> None:
-    """Copies the weights that are still a mapped checkpoint file.
+def leave_the_files(tensors: Iterable[Tensor]) -> None:
+    """Copies weights that are still a mapped checkpoint file.
 
     Each of them keeps the whole file mapped, replaced weights and all; and memory that the system may take back at any
     time cannot be counted on, neither by the model nor by whoever asks how much is free.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in tensors:
         tensor.data = tensor.data.clone()
+
+
+def tensors_of(model: nn.Module, kind: type[nn.Module]) -> list[Tensor]:
+    """The parameters and buffers that only modules of this very class own, each once."""
+    others = set(map(id, tensors_but(model, kind)))
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in others]
+
+
+def tensors_but(model: nn.Module, kind: type[nn.Module]) -> list[Tensor]:
+    """The parameters and buffers that modules of other classes own, too, each once."""
+    owned = {
+        id(tensor): tensor
+        for module in model.modules()
+        if type(module) is not kind
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    return list(owned.values())

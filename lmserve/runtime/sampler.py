@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +52,10 @@ class Sampler:
     no bit of a row that happens to share a chunk with one that needs it.
     """
 
-    def __init__(self, state: SamplingState) -> None:
+    def __init__(self, state: SamplingState, first_largest: Callable[[Tensor], Tensor] | None = None) -> None:
+        """``first_largest``: a faster way to greedy choices, from (rows, vocab) logits as they are; -1 for none."""
         self._state = state
+        self._first_largest_of_logits = first_largest
         vocab_size, device = state.vocab_size, state.device
         assert vocab_size < 2**24, "token ids have to be exact in float32"
         elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS
@@ -97,16 +99,20 @@ class Sampler:
     def _sample(self, rows: _Rows, flags: SamplingFlags) -> Tensor:
         """(rows,) int64. Rows with like needs stand together: a chunk does what any of its rows asks for."""
         token_ids = torch.empty(len(flags.needs), dtype=torch.int64, device=self._state.device)
-        for chunk in self._chunks(flags.needs):
+        num_plain = 0
+        if self._first_largest_of_logits is not None:
+            num_plain = sum(needs & ~Need.LOGPROBS == Need.NONE for needs in flags.needs)
+            if num_plain:
+                token_ids[:num_plain] = self._first_largest_of_logits(rows.logits[:num_plain])
+        for chunk in self._chunks(flags.needs, num_plain):
             part = flags.select(chunk)
             sampled = self._sample_chunk(rows.cut(chunk.start, chunk.stop), part.union, max(part.top_k))
             token_ids[chunk.start : chunk.stop] = sampled
         return token_ids
 
-    def _chunks(self, needs: Sequence[Need]) -> Iterator[range]:
-        """Neighbouring rows, as many as the buffers hold, all of them greedy or none."""
-        start = 0
-        for end in range(1, len(needs) + 1):
+    def _chunks(self, needs: Sequence[Need], start: int) -> Iterator[range]:
+        """Neighbouring rows from ``start`` on, as many as the buffers hold, all of them greedy or none."""
+        for end in range(start + 1, len(needs) + 1):
             is_full = end - start == self._chunk_rows
             if is_full or end == len(needs) or needs[end] & Need.SAMPLE != needs[start] & Need.SAMPLE:
                 yield range(start, end)

@@ -90,7 +90,8 @@ def _run_packed(lane: PackedLane, prompts: list[Tensor], block_size: int) -> lis
             spans.append(Span(row, n, done[i] + n, tables[i]))
             row += n
         rows = torch.arange(row, device=ids[0].device)
-        logits = lane.forward(PackedBatch(torch.cat(ids), torch.cat(positions), torch.cat(slots), rows, spans)).float()
+        logits = lane.forward(PackedBatch(torch.cat(ids), torch.cat(positions), torch.cat(slots), rows, spans))
+        logits = logits.to(torch.float32, copy=True)
         for span, (i, n) in zip(spans, counts, strict=True):
             pieces[i].append(logits[span.row : span.row + n])
             done[i] += n

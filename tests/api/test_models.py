@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import openai
 import pytest
 
@@ -47,6 +49,14 @@ def test_what_the_files_say_of_a_model_that_is_not_loaded(server: RunningServer)
     details = server.get("/api/v0/models/ORG/stub").json()
     assert (details["arch"], details["quantization"], details["type"]) == ("some", "Q4_K_M", "vlm")
     assert (details["state"], details["max_context_length"]) == ("not-loaded", 4096)
+
+
+def test_a_model_that_was_quantized_at_its_load_says_so(server: RunningServer) -> None:
+    server.entry.facts = FACTS
+    assert server.get("/api/v0/models/org/stub").json()["quantization"] == "Q4_K_M"
+    engine = server.entry.loaded_engine
+    engine.info = replace(engine.info, dtype="int8 and bfloat16")
+    assert server.get("/api/v0/models/org/stub").json()["quantization"] == "INT8"
 
 
 def test_without_just_in_time_loading_only_the_loaded_ones_are_listed(server: RunningServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def test_a_backend_that_forgets_an_option_is_caught(
 
     monkeypatch.setattr(CpuBackend, "attend", wrong)
     with pytest.raises(ModelLoadFailed, match="cannot be served exactly"):
-        assemble_runner(build_tiny(family), CONFIG, torch.float32)
+        assemble_runner(build_tiny(family), replace(CONFIG, attention_backend="cpu"), torch.float32)
 
 
 def test_not_a_number_is_refused() -> None:

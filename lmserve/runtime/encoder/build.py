@@ -14,7 +14,6 @@ from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.build import READING_SHARE, Progress, Weights
 from lmserve.runtime.encoder.batch import make_batch
-from lmserve.runtime.encoder.int8 import quantize
 from lmserve.runtime.encoder.lanes import (
     EncoderLane,
     PackedEncoderLane,
@@ -29,6 +28,7 @@ from lmserve.runtime.interface import EncoderInput, RunnerInfo, Task
 from lmserve.runtime.loader import fingerprint, load_model
 from lmserve.runtime.memory_plan import num_batched_tokens
 from lmserve.runtime.prepack import leave_the_files, prepack
+from lmserve.runtime.quantization import quantize
 from lmserve.runtime.self_check import TOLERANCE
 
 CHECK_LENGTHS = (23, 9, 14, 9)
@@ -86,14 +86,16 @@ def assemble_encoder(
     weights = Weights.of(model)
     progress("comparing with the stock forward", READING_SHARE)
     lane = choose_lane(model, dtype) if recipe.task == "embed" else PaddedEncoderLane(model)
-    if config.quantization == "int8":
-        if model.device.type != "cpu":
-            raise ModelLoadFailed(f"quantization int8 is there for the CPU, and the model goes to {model.device}")
-        quantize(model)
+    if config.quantization != "none":
+        if model.device.type != "cpu" or config.quantization != "int8":
+            raise ModelLoadFailed(
+                f"{config.quantization} on {model.device}: embedding and reranking models have int8 on the CPU only"
+            )
+        quantize(model, "int8")
     else:
         prepack(model, model.device, dtype, PREPACKED)
     if model.device.type == "cpu":
-        leave_the_files(model)
+        leave_the_files((*model.parameters(), *model.buffers()))
     info = _describe(model, config, recipe, weights, lane)
     if recipe.pooling is None:
         assert isinstance(lane, PaddedEncoderLane)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 from lmserve.config import ModelConfig
 from lmserve.runtime.encoder.build import AUTO_CLASSES, CPU_BATCHED_TOKENS, context_length
 from lmserve.runtime.encoder.recipe import read_recipe
@@ -18,6 +15,7 @@ from lmserve.runtime.memory_plan import (
     layer_row_bytes,
     loaded_weight_bytes,
     num_batched_tokens,
+    number_format,
 )
 
 
@@ -34,13 +32,11 @@ def plan_encoder(config: ModelConfig, task: Task, reserved_bytes: int = 0) -> Me
     length = context_length(model, config, recipe.max_seq_length)
     num_tokens = max(length, num_batched_tokens(config, device, CPU_BATCHED_TOKENS))
     weights = loaded_weight_bytes(config, source, model, dtype)
-    if config.quantization == "int8":
-        weights -= _saved_bytes(model, dtype)
     fixed = fixed_bytes(device)
     free = free_bytes(device) + (fixed if device.type == "cpu" else 0) - reserved_bytes
     return MemoryPlan(
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=number_format(dtype, config.quantization),
         max_model_len=length,
         max_num_seqs=1,
         weight_bytes=weights,
@@ -50,9 +46,3 @@ def plan_encoder(config: ModelConfig, task: Task, reserved_bytes: int = 0) -> Me
         fixed_bytes=fixed,
         free_bytes=max(0, free),
     )
-
-
-def _saved_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """By linear layers in 8 bits."""
-    linears = [module for module in model.modules() if type(module) is nn.Linear]
-    return sum(linear.weight.numel() for linear in linears) * (dtype.itemsize - 1)

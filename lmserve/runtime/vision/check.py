@@ -135,6 +135,6 @@ def _run(
             [Span(0, end - start, end, table, layout.runs)],
             rows if rows.rows else None,
         )
-        pieces.append(lane.forward(batch).float())
+        pieces.append(lane.forward(batch).to(torch.float32, copy=True))
         start = end
     return torch.cat(pieces)

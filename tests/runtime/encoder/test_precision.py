@@ -12,7 +12,7 @@ from torch import nn
 
 from lmserve.errors import ModelLoadFailed
 from lmserve.models.starter import STARTERS, find_source
-from lmserve.runtime.encoder.int8 import Int8Linear
+from lmserve.runtime.quantization import Int8Linear
 from tests.runtime.encoder.tiny_encoders import encode_texts, load, make_texts, vectors, write_encoder
 
 LEAST_COSINE = {"bfloat16": 0.999, "int8": 0.98}

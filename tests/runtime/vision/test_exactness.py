@@ -123,7 +123,7 @@ def test_after_preemption(name: str, families: Families) -> None:
     family, cases = families(name)
     mixed = [cases["one"], cases["one"], cases["text"]]
     blocks = [-(-(len(case.token_ids) + 1) // BLOCK_SIZE) for case in mixed]
-    engine = family.engine(kv_tokens=(sum(blocks[:2]) + 2) * BLOCK_SIZE, max_batched_tokens=40, prefix_caching=False)
+    engine = family.engine(kv_tokens=(sum(blocks[:2]) + 2) * BLOCK_SIZE, max_batched_tokens=400, prefix_caching=False)
     assert run(engine, mixed) == [case.answer for case in mixed]
     assert engine.stats.num_preemptions > 0
 
