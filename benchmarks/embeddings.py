@@ -32,10 +32,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from benchmarks.contenders import ContenderError, Machine, Server, free_port, lmserve_command
+from benchmarks.contenders import EXIT_TERMINATED, Machine, lmserve_command, model_folder, positive
 from benchmarks.english import make_texts
-from benchmarks.serving import EXIT_TERMINATED, model_folder, positive
 from lmserve import __version__
+from lmserve.cli.bench.process import Server, StartFailed, free_port
 
 MODEL_ID = "bench"
 SIZES = (256, 4096)
@@ -65,7 +65,7 @@ class Peer(AbstractContextManager["Peer"]):
         )
 
     def encode(self, texts: Sequence[str]) -> tuple[float, NDArray[np.float32]]:
-        """Seconds, and (texts, size) vectors. Raises ContenderError, with its last words, if it has ended."""
+        """Seconds, and (texts, size) vectors. Raises StartFailed, with its last words, if it has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):
@@ -76,7 +76,7 @@ class Peer(AbstractContextManager["Peer"]):
             code = self._process.wait()
             self._errors.seek(0)
             words = self._errors.read().decode(errors="replace")[-2000:]
-            raise ContenderError(f"sentence-transformers ended with code {code}:\n{words}")
+            raise StartFailed(f"sentence-transformers ended with code {code}:\n{words}")
         answer = json.loads(line)
         vectors = np.frombuffer(base64.b64decode(answer["vectors"]), "<f4").reshape(len(texts), -1)
         return float(answer["seconds"]), vectors
@@ -95,7 +95,7 @@ async def embed(client: httpx.AsyncClient, texts: Sequence[str]) -> NDArray[np.f
     body = {"model": MODEL_ID, "input": list(texts), "encoding_format": "base64"}
     response = await client.post("/v1/embeddings", json=body)
     if response.status_code != httpx.codes.OK:
-        raise ContenderError(response.text[:500])
+        raise StartFailed(response.text[:500])
     data: list[dict[str, Any]] = response.json()["data"]
     return np.stack([np.frombuffer(base64.b64decode(each["embedding"]), "<f4") for each in data])
 
@@ -188,7 +188,7 @@ class Run:
         """A row for each number of texts at each number of clients.
 
         Raises:
-            ContenderError: one of the two has failed, or the vectors differ.
+            StartFailed: one of the two has failed, or the vectors differ.
         """
         rows = []
         for size in self._options.texts:
@@ -221,7 +221,7 @@ class Run:
         ours, vectors = asyncio.run(closed_loop(self._base_url, texts, clients, self._options.batch))
         self.worst = max(self.worst, float(np.abs(vectors - expected).max()))
         if not self.worst <= MAX_DIFFERENCE[self._options.dtype]:
-            raise ContenderError(f"the vectors differ by {self.worst:.2g}: no time is worth telling")
+            raise StartFailed(f"the vectors differ by {self.worst:.2g}: no time is worth telling")
         return ours, theirs
 
 
@@ -235,8 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 rows, latencies = run.throughput(), run.latencies()
             except httpx.HTTPError as error:
-                raise ContenderError(f"lmserve: {error!r}\n{server.last_words()}") from error
-    except ContenderError as error:
+                raise StartFailed(f"lmserve: {error!r}\n{server.last_words()}") from error
+    except StartFailed as error:
         print(error, file=sys.stderr)
         return 1
     print(markdown(rows, [*facts(options), ("largest difference of a number", f"{run.worst:.1e}"), *latencies]))

@@ -30,10 +30,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.contenders import ContenderError, Machine, Server, free_port, lmserve_command
+from benchmarks.contenders import EXIT_TERMINATED, Machine, lmserve_command, model_folder, positive
 from benchmarks.embeddings import p95
-from benchmarks.serving import EXIT_TERMINATED, model_folder, positive
 from lmserve import __version__
+from lmserve.cli.bench.process import Server, StartFailed, free_port
 from lmserve.images.processor import ImageProcessor
 
 MODEL_ID = "bench"
@@ -102,7 +102,7 @@ async def _ask(client: httpx.AsyncClient, messages: Any, tokens: int) -> str:
     body = {"model": MODEL_ID, "messages": messages, "max_tokens": tokens, "min_tokens": tokens, "temperature": 0}
     response = await client.post("/v1/chat/completions", json=body)
     if response.status_code != httpx.codes.OK:
-        raise ContenderError(response.text[:500])
+        raise StartFailed(response.text[:500])
     return str(response.json()["choices"][0]["message"]["content"])
 
 
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ours, answers = asyncio.run(all_at_once(server.base_url, chats, options.tokens))
             alone = asyncio.run(token_gaps(server.base_url, ()))
             beside = asyncio.run(token_gaps(server.base_url, photographs))
-    except ContenderError as error:
+    except StartFailed as error:
         print(error, file=sys.stderr)
         return 1
     theirs, expected = one_by_one(options.model, chats, options.dtype, options.tokens)

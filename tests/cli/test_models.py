@@ -76,11 +76,11 @@ def test_ps_says_what_each_does() -> None:
         as_json = lmserve("ps", "--json", "--url", url)
     lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line]
     assert lines == [
-        "IDENTIFIER MODEL STATUS SIZE CONTEXT PARALLEL DEVICE TTL",
-        "a-coming x/two LOADING 42% (weights) - - - - none",
-        "b-busy x/one GENERATING (3, 2 queued) 1.00 GiB 4096 8 CPU 1h / 1h",
-        "c-idle x/one IDLE 1.00 GiB 4096 8 CPU 1m 30s / 1h",
-        "d-failed x/two FAILED (out of memory) - 4096 8 CPU none",
+        "IDENTIFIER MODEL STATUS SIZE CONTEXT PARALLEL WEIGHTS DEVICE TTL",
+        "a-coming x/two LOADING 42% (weights) - - - - - none",
+        "b-busy x/one GENERATING (3, 2 queued) 1.00 GiB 4096 8 float32 CPU 1h / 1h",
+        "c-idle x/one IDLE 1.00 GiB 4096 8 float32 CPU 1m 30s / 1h",
+        "d-failed x/two FAILED (out of memory) - 4096 8 float32 CPU none",
     ]
     listed = json.loads(as_json.stdout)
     assert [(item["id"], item["model"]) for item in listed] == [

@@ -10,15 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.contenders import (
-    ContenderError,
-    Machine,
-    Server,
-    free_port,
-    generate_one_by_one,
-    lmserve_command,
-    transformers_command,
-)
+from benchmarks.contenders import Machine
+from benchmarks.contenders import lmserve_command as command_for
+from lmserve.cli.bench.process import Server, StartFailed, foreign_command, free_port, lmserve_command
 
 # A server that is ready after a moment and has a child of its own; the child's id is its answer.
 SERVER = """
@@ -58,27 +52,33 @@ def test_a_server_is_ready_inside_and_gone_with_its_children_after() -> None:
 
 def test_a_server_that_does_not_start_is_quoted() -> None:
     command = [sys.executable, "-c", "import sys; print('no such model'); sys.exit(3)"]
-    with pytest.raises(ContenderError, match=r"ended with code 3:\nno such model"), Server(command, 1, {}):
+    with pytest.raises(StartFailed, match=r"ended with code 3:\nno such model"), Server(command, 1, {}):
         pass
 
 
-def test_every_contender_gets_the_same_machine() -> None:
-    machine = Machine("/models/m", "cpu", "float32", 3)
-    for command in (lmserve_command(machine, 1234), transformers_command(machine, 1234)):
-        assert command[1:3] == ["serve", "/models/m"]
-        options = dict(zip(command, command[1:], strict=False))
-        assert (options["--port"], options["--dtype"], options["--device"]) == ("1234", "float32", "cpu")
+def test_what_cannot_be_started_is_said() -> None:
+    with pytest.raises(StartFailed, match="no-such-program cannot be started"), Server(["no-such-program"], 1):
+        pass
+
+
+def test_memory_is_that_of_all_its_processes() -> None:
+    port = free_port()
+    with Server([sys.executable, "-c", SERVER, str(port)], port) as server:
+        assert server.memory_bytes() > 10 * 2**20, "two interpreters"
+        assert server.ready_seconds > 0
+
+
+def test_commands() -> None:
+    assert lmserve_command("m", 5, ["--threads", "3"])[1:] == [
+        *("-m", "lmserve", "serve", "m", "--port", "5", "--threads", "3")
+    ]
+    assert foreign_command("serve 'my model' --port={port}", 7) == ["serve", "my model", "--port=7"]
+    machine = Machine("m", "cpu", "float32", 3)
+    assert command_for(machine, 5)[-6:] == ["--dtype", "float32", "--device", "cpu", "--threads", "3"]
     assert machine.environment["OMP_NUM_THREADS"] == "3"
-    assert lmserve_command(machine, 1234)[-2:] == ["--threads", "3"]
 
 
-def test_generate_answers_each_prompt_in_full(tiny_folder: Path) -> None:
-    timings = generate_one_by_one(Machine(str(tiny_folder), "cpu", "float32", 1), ["hello", "you there"], 5)
-    assert [timing.completion_tokens for timing in timings] == [5, 5]
-    assert timings[0].prompt_tokens < timings[1].prompt_tokens
-    assert timings[0].sent < timings[0].first_token < timings[0].last_token <= timings[1].sent
-
-
-def test_a_generate_that_fails_is_quoted(tmp_path: Path) -> None:
-    with pytest.raises(ContenderError, match="model.generate failed"):
-        generate_one_by_one(Machine(str(tmp_path), "cpu", "float32", 1), ["hello"], 5)
+@pytest.mark.parametrize("template", ["serve --port 80", "serve '{port}"])
+def test_a_command_without_a_port_is_refused(template: str) -> None:
+    with pytest.raises(StartFailed, match="--command"):
+        foreign_command(template, 7)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.figures import RequestTiming
-from benchmarks.load_generator import LoadError, Target, closed_loop, make_prompts
+from lmserve.cli.bench.load import LoadFailed, Messages, Target, arrivals, closed_loop, mixed_load, open_loop
+from lmserve.cli.bench.results import Timing
 
 
 def event(data: dict[str, Any]) -> bytes:
@@ -25,6 +25,7 @@ def content(text: str) -> bytes:
 
 ROLE = event({"choices": [{"index": 0, "delta": {"role": "assistant"}}]})
 USAGE = event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}})
+NOTHING = event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 0}})
 ANSWER = (b": keep-alive\n\n", ROLE, content("one"), content(" two"), USAGE, b"data: [DONE]\n\n")
 
 
@@ -66,18 +67,22 @@ async def serving(server: StubServer) -> AsyncIterator[Target]:
     listener = await asyncio.start_server(server.answer, "127.0.0.1", 0)
     async with listener:
         port = listener.sockets[0].getsockname()[1]
-        yield Target(f"http://127.0.0.1:{port}", "some-model", {"ignore_eos": True})
+        yield Target(f"http://127.0.0.1:{port}", "some-model")
+
+
+def chats(prompts: list[str]) -> list[Messages]:
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
 def run_load(
     prompts: list[str], streams: int, events: Iterable[bytes] = ANSWER, status: str = "200 OK"
-) -> tuple[StubServer, list[RequestTiming]]:
+) -> tuple[StubServer, list[Timing]]:
     server = StubServer(status, events, crowd=streams)
     ticks = itertools.count(1.0)
 
-    async def run() -> list[RequestTiming]:
+    async def run() -> list[Timing]:
         async with serving(server) as target:
-            return await closed_loop(target, prompts, streams=streams, max_tokens=7, clock=lambda: next(ticks))
+            return await closed_loop(target, chats(prompts), streams=streams, max_tokens=7, clock=lambda: next(ticks))
 
     return server, asyncio.run(run())
 
@@ -99,6 +104,7 @@ def test_the_request_is_greedy_and_streams() -> None:
             "max_tokens": 7,
             "temperature": 0,
             "stream": True,
+            "stream_options": {"include_usage": True},
             "ignore_eos": True,
         }
     ]
@@ -107,7 +113,7 @@ def test_the_request_is_greedy_and_streams() -> None:
 def test_first_and_last_token_are_those_with_text_and_counts_are_the_servers() -> None:
     """On a clock that ticks when it is read: at the sending and at each text, not at the role, usage or end."""
     _, timings = run_load(["hello"], streams=1, events=(*ANSWER[:3], content(" more"), *ANSWER[3:]))
-    assert timings == [RequestTiming(sent=1.0, first_token=2.0, last_token=4.0, prompt_tokens=9, completion_tokens=3)]
+    assert timings == [Timing(1.0, 2.0, 4.0, prompt_tokens=9, completion_tokens=3, gaps=(1.0, 1.0))]
 
 
 @pytest.mark.parametrize(
@@ -115,23 +121,55 @@ def test_first_and_last_token_are_those_with_text_and_counts_are_the_servers() -
     [
         ((b'{"error": {"message": "no such field"}}',), "422 Unprocessable", "422: .*no such field"),
         ((content("one"), event({"error": {"message": "worker died"}})), "200 OK", "worker died"),
-        ((content("one"),), "200 OK", "without text or without usage"),
-        ((USAGE,), "200 OK", "without text or without usage"),
+        ((content("one"),), "200 OK", "without tokens or without usage"),
+        ((NOTHING,), "200 OK", "without tokens or without usage"),
     ],
 )
 def test_a_request_that_fails_is_an_error_with_the_servers_words(
     events: tuple[bytes, ...], status: str, message: str
 ) -> None:
-    with pytest.raises(LoadError, match=message):
+    with pytest.raises(LoadFailed, match=message):
         run_load(["hello"], streams=1, events=events, status=status)
 
 
-def test_prompts_have_their_length_and_share_no_beginning() -> None:
-    def count(prompt: str) -> int:
-        return 5 + sum(2 if len(word) > 5 else 1 for word in prompt.split())  # a template, and words of two tokens
+def test_tokens_without_text_count_from_the_end_of_the_stream() -> None:
+    _, timings = run_load(["hello"], streams=1, events=(ROLE, USAGE))
+    assert timings == [Timing(1.0, 2.0, 2.0, prompt_tokens=9, completion_tokens=3)]
 
-    prompts = make_prompts(count, number=50, num_tokens=40, seed=3)
-    assert {count(prompt) for prompt in prompts} == {40}
-    assert len({prompt.split()[0] for prompt in prompts}) == 50
-    assert make_prompts(count, number=50, num_tokens=40, seed=3) == prompts
-    assert not set(make_prompts(count, number=50, num_tokens=40, seed=4)) & set(prompts)
+
+def test_arrivals_are_random_and_the_same_for_the_same_seed() -> None:
+    times = arrivals(4000, rate=50.0, seed=1)
+    assert times == arrivals(4000, rate=50.0, seed=1) != arrivals(4000, rate=50.0, seed=2)
+    assert times == sorted(times)
+    assert times[-1] == pytest.approx(80.0, rel=0.1)
+
+
+def test_an_open_loop_does_not_wait_for_answers() -> None:
+    """Nobody is answered before all five are there, which in a closed loop of fewer would never be."""
+    server = StubServer("200 OK", ANSWER, crowd=5)
+
+    async def run() -> list[Timing]:
+        async with serving(server) as target:
+            return await open_loop(target, chats([f"{i}" for i in range(5)]), rate=1000.0, max_tokens=3)
+
+    assert len(asyncio.run(run())) == server.most_at_once == 5
+
+
+def test_a_mixed_load_begins_with_the_chats_and_has_gaps_of_the_reading_only() -> None:
+    server = StubServer("200 OK", (ROLE, *(content(f" {i}") for i in range(40)), USAGE), crowd=1)
+
+    async def run() -> None:
+        async with serving(server) as target:
+            load = await mixed_load(
+                target, chats(["a", "b"]), chats(["long"])[0], chats([f"short {i}" for i in range(9)]), max_tokens=40
+            )
+            assert len(load.chats) == 2
+            assert load.long.prompt_tokens == 9
+            for timing in load.chats:
+                assert sum(timing.gaps) <= load.long.first_token - load.long.sent + timing.last_token - timing.sent
+
+    asyncio.run(run())
+    asked = [body["messages"][0]["content"] for body in server.bodies]
+    assert set(asked[:2]) == {"a", "b"}
+    assert "long" in asked[2:4]
+    assert [body["max_tokens"] for body in server.bodies][:2] == [40, 40]
