@@ -59,14 +59,10 @@ def test_the_commands_are_there_and_know_their_options(command: str) -> None:
 def test_its_options_and_variables_exist() -> None:
     flags = {key.flag for key in keys().values()} | {"--json", "--help"}
     flags |= {f"--no-{key.flag[2:]}" for key in keys().values() if key.kind is bool}
-    for command in ("load", "unload", "log stream"):
+    for command in ("load", "unload", "log stream", "bench", "bench show"):
         invocation = [sys.executable, "-m", "lmserve", *command.split(), "--help"]
         flags |= set(re.findall(r"--[a-z-]+", subprocess.run(invocation, capture_output=True, text=True).stdout))
-    for program in (
-        "serving",
-        "contenders",
-        "api_process",
-    ):  # the benchmark's options, and those it starts its peers with
+    for program in ("one_by_one", "api_process", "perplexity"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / f"benchmarks/{program}.py").read_text()))
     variables = {key.variable for key in keys().values()}
     assert set(re.findall(r"(?<![\w-])--[a-z-]+[a-z]", README)) <= flags
