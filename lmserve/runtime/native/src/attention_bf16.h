@@ -13,6 +13,7 @@ namespace lm {
 constexpr int KEY_BLOCK = 64;
 constexpr int LANES = 16;
 constexpr int STRIP = 32;  // columns of a prompt's queries that are in the nearest cache together
+constexpr int COMING = 64;  // keys or values that a decode asks for before it reads them
 constexpr int PACKS = 3;   // blocks of keys and values that are at hand
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float MUCH_LARGER = 8;  // powers of two that a weight may be above 1
@@ -202,11 +203,11 @@ struct Bf16Attention {
     const int begin = first_seen(position), count = position + 1 - begin, padded = (count + LANES - 1) / LANES * LANES;
     const int next_begin = next ? next->first_seen(next_position) : 0;
     const int next_count = next ? std::min(padded, next_position + 1 - next_begin) : 0;
-    scratch.resize(size_t(group + 2) * padded + group + 4 * LANES);
+    scratch.resize(size_t(group + 2) * padded + group + 4 * COMING);
     float *scores = scratch.data(), *totals = scores + size_t(group) * padded;
-    uint32_t *slots = reinterpret_cast<uint32_t*>(totals + group), *next_slots = slots + padded + LANES;
+    uint32_t *slots = reinterpret_cast<uint32_t*>(totals + group), *next_slots = slots + padded + COMING;
     find_slots(begin, count, slots);
-    std::fill(slots + count, slots + padded + LANES, slots[count - 1]);
+    std::fill(slots + count, slots + padded + COMING, slots[count - 1]);
     if (next) next->find_slots(next_begin, next_count, next_slots);
     for (int at = 0; at < padded; at += LANES) {
       for (int j = at; j < std::min(next_count, at + LANES); ++j)
@@ -239,12 +240,12 @@ struct Bf16Attention {
     int count;
   };
 
-  // The keys in 16 slots, `count` of them real, against every head's query. The next 16 are fetched meanwhile.
+  // The keys in 16 slots, `count` of them real, against every head's query. Later ones are fetched meanwhile.
   void score(const bf16* q, const uint32_t* slots, int count, float* scores, long pitch) const {
     const bf16* keys[LANES];
     for (int j = 0; j < LANES; ++j) {
       keys[j] = k_cache + (size_t(slots[j]) * kv_heads + kv_head) * dk;
-      const bf16* later = k_cache + (size_t(slots[j + LANES]) * kv_heads + kv_head) * dk;
+      const bf16* later = k_cache + (size_t(slots[j + COMING]) * kv_heads + kv_head) * dk;
       for (int d = 0; d < dk; d += 32) _mm_prefetch(later + d, _MM_HINT_T0);
     }
     for (int g = 0; g < group; ++g) {
@@ -286,7 +287,7 @@ struct Bf16Attention {
     for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
     for (int j = 0; j < count; ++j) {
       const bf16* row = v_cache + (size_t(slots[j]) * kv_heads + kv_head) * dv + d;
-      _mm_prefetch(v_cache + (size_t(slots[j + LANES]) * kv_heads + kv_head) * dv + d, _MM_HINT_T0);
+      _mm_prefetch(v_cache + (size_t(slots[j + COMING]) * kv_heads + kv_head) * dv + d, _MM_HINT_T0);
       if (j < coming.count) _mm_prefetch(coming.values + size_t(coming.slots[j]) * kv_heads * dv, _MM_HINT_T1);
       const __m512 low = widen16(row), high = widen16(row + LANES);
 #pragma GCC unroll 16

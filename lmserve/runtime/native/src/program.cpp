@@ -109,7 +109,7 @@ static void run(const Operation* op, int count, const Step& step, int threads, s
       work.kv_head = int(i % heads);
       return work;
     };
-    const bool may_look_ahead = total >= PIECES * threads;
+    const bool may_look_ahead = total > 2 * threads;
     for (long i = take(), next; i < total; i = next) {
       const Work work = item(i);
       // Taken early only where there are many short ones.
