@@ -38,6 +38,15 @@ class WorkerConnection:
             self._fill(0)
         return message
 
+    def has_waiting(self) -> bool:
+        """Whether ``receive`` has something to say at once, be it that the API process is gone."""
+        try:
+            return bool(self._buffer) or self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) is not None
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def receive_waiting(self) -> list[ToWorker]:
         """The messages that have come already, without waiting for more."""
         while self._fill(socket.MSG_DONTWAIT):

@@ -165,6 +165,10 @@ class EngineCore:
         if num_live != num_known:
             raise IntegrityError(f"{num_live} requests are alive, and the scheduler knows {num_known}")
 
+    def use_idle_time(self) -> bool:
+        """Does a little of what makes later steps shorter; whether there is more of it to do."""
+        return self._runner.use_idle_time()
+
     def _run(self, scheduled: SchedulerOutput) -> tuple[SchedulerOutput, StepOutput | None]:
         """Runs the step; None if it failed. Out of memory, the later half is put off and the rest tried once more."""
         try:

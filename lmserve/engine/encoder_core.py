@@ -50,6 +50,10 @@ class EncoderCore:
             return []
         raise AssertionError(f"{type(message).__name__} has no place in the running engine of an encoder")
 
+    def use_idle_time(self) -> bool:
+        """There is nothing to prepare."""
+        return False
+
     def step(self) -> list[EncoderOutput]:
         """Picks and computes one step; the news of its requests. A failed step costs each of them one error.
 

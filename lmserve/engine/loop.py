@@ -27,9 +27,11 @@ class Core(Protocol[O]):
 
     def check_integrity(self) -> None: ...
 
+    def use_idle_time(self) -> bool: ...
+
 
 def run_engine(core: Core[O], connection: WorkerConnection) -> None:
-    """Runs until a Shutdown message. Idle, it is blocked on the socket.
+    """Runs until a Shutdown message. Idle, it prepares for what may come and is then blocked on the socket.
 
     Requests, cancels, pauses and resumes that came during a step are taken up before the next one; the news of a step,
     and of the cancels before it, leave in one message, with the counters; a step without news tells the counters alone.
@@ -44,6 +46,8 @@ def run_engine(core: Core[O], connection: WorkerConnection) -> None:
             messages = connection.receive_waiting()
         else:
             core.check_integrity()
+            while not connection.has_waiting() and core.use_idle_time():
+                pass
             messages = [connection.receive()]
         outputs: list[O] = []
         for message in messages:

@@ -218,6 +218,10 @@ class ModelRunner(Protocol):
         """A sequence will soon come with it. Returns at once."""
         ...
 
+    def use_idle_time(self) -> bool:
+        """Does a few milliseconds' worth of what makes later steps shorter; whether there is more of it to do."""
+        ...
+
 
 @runtime_checkable
 class EncoderRunner(Protocol):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from lmserve.runtime.attention.base import CacheLayout, LayerCache
-from lmserve.runtime.pages import pieces
+from lmserve.runtime.pages import HUGE_PAGE, pieces, populate
+
+READY_BYTES = 256 * 2**20
+"""That are ready beyond what has been used: what a burst of some thousand tokens takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +42,38 @@ class KVCache:
             for shape in shapes.values()
             for size in (shape.key_size, shape.value_size)
         ]
-        pools = iter(_zeros(wanted, layout))
+        self._num_slots = layout.num_slots
+        self._memory: list[NDArray[np.uint8]] = []
+        """Of the pools, on a CPU: the operating system's own zero pages, which take memory once they are written to."""
+        if layout.device.type == "cpu":
+            self._memory = pieces([math.prod(shape) * layout.dtype.itemsize for shape in wanted])
+            flat = [torch.from_numpy(raw).view(layout.dtype) for raw in self._memory]
+        else:
+            flat = [torch.zeros(math.prod(shape), device=layout.device, dtype=layout.dtype) for shape in wanted]
+        self._num_ready = [0] * len(self._memory)
+        """Bytes of each pool whose memory is there."""
+        pools = (numbers.view(shape) for numbers, shape in zip(flat, wanted, strict=True))
         self.layers = {layer: LayerCache(k=next(pools), v=next(pools)) for layer in shapes}
 
+    def get_ready(self, num_used: int) -> bool:
+        """Takes some of the memory that slots beyond the first ``num_used`` will need; whether there is more to take.
 
-def _zeros(shapes: list[tuple[int, int, int]], layout: CacheLayout) -> list[Tensor]:
-    """On a CPU the operating system's own zero pages, which take memory only once they are written to."""
-    if layout.device.type != "cpu":
-        return [torch.zeros(shape, device=layout.device, dtype=layout.dtype) for shape in shapes]
-    arrays = pieces([math.prod(shape) * layout.dtype.itemsize for shape in shapes])
-    return [torch.from_numpy(raw).view(layout.dtype).view(shape) for raw, shape in zip(arrays, shapes, strict=True)]
+        To be called when nobody waits: it may take milliseconds, and a step that finds no memory takes them for each
+        large page of each layer.
+        """
+        total = sum(memory.size for memory in self._memory)
+        if not total:
+            return False
+        share = min(1.0, num_used / self._num_slots + READY_BYTES / total)
+        for i, memory in enumerate(self._memory):
+            begin = self._num_ready[i]
+            if begin < share * memory.size:
+                self._num_ready[i] = begin + HUGE_PAGE
+                if populate(memory[begin : begin + HUGE_PAGE]):
+                    return True
+                self._num_ready = [memory.size for memory in self._memory]  # not on this system
+                return False
+        return False
 
 
 def block_bytes(shapes: dict[int, LayerShape], block_size: int, dtype: torch.dtype) -> int:

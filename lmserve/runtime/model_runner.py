@@ -73,6 +73,8 @@ class PackedModelRunner:
         self._num_top_of_prompt = [0] * info.max_num_seqs
         self._last_tokens = torch.zeros(info.max_num_seqs, dtype=torch.int64, device=self._device)
         self._masks = GrammarMasks(max_num_seqs=info.max_num_seqs, vocab_size=info.vocab_size)
+        self._num_used_slots = 0
+        """Of the KV cache, up to the last that was ever written."""
         self._in_flight: _Step | None = None
         self._num_encoded = 0
 
@@ -118,6 +120,10 @@ class PackedModelRunner:
     def prepare_grammar(self, grammar: str) -> None:
         """As the protocol says."""
         self._masks.prepare(grammar)
+
+    def use_idle_time(self) -> bool:
+        """As the protocol says."""
+        return self._lane.get_ready(self._num_used_slots)
 
     def _newly_encoded(self) -> int:
         """Images since it was asked last, those of attempts that failed included."""
@@ -181,6 +187,7 @@ class PackedModelRunner:
                 logits_rows.append(end_row - 1)
             prompt_rows += [row + position - chunk.start for position in chunk.prompt_logprobs]
             row = end_row
+        self._num_used_slots = max(self._num_used_slots, int(slots[:row].max(initial=-1)) + 1)
         logits_rows += prompt_rows
         logits_rows += [0] * (self._lane.min_rows - len(logits_rows))
         input_ids = self._to_device(ids)

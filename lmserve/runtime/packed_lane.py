@@ -118,6 +118,10 @@ class PackedLane:
             raise UnsupportedModel("its attention does not go through transformers' attention interface")
         return self.shapes
 
+    def get_ready(self, num_used: int) -> bool:
+        """See ``KVCache.get_ready``."""
+        return self._cache is not None and self._cache.get_ready(num_used)
+
     def attach(self, cache: KVCache, backend: AttentionBackend) -> None:
         """Gives the lane its memory and its kernels; ``forward`` works from here on."""
         self._cache, self._backend = cache, backend

@@ -139,10 +139,17 @@ class FakeRunner:
         self._in_flight: StepInput | None = None
         self.vocabulary: TokenizerText | None = None
         self.prepared_grammars: set[str] = set()
+        self.num_idle_times = 0
+        self.idle_times = 1
+        """That there is something to do in, after each other."""
 
     def use_vocabulary(self, text: TokenizerText) -> None:
         _check(self.vocabulary is None, "the vocabulary twice")
         self.vocabulary = text
+
+    def use_idle_time(self) -> bool:
+        self.num_idle_times += 1
+        return self.num_idle_times % self.idle_times > 0
 
     def prepare_grammar(self, grammar: str) -> None:
         _check(self.vocabulary is not None, "a grammar without vocabulary")

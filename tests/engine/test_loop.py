@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -40,6 +41,30 @@ def test_one_message_a_step_with_the_news_of_all() -> None:
             assert results.token_ids[(each.request_id, 0)] == expected_output(each, 0, 64)[0]
         assert received[-1].stats == engine.core.stats
         assert received[-1].stats.num_free_blocks == 64
+
+
+def test_idle_time_is_used_until_there_is_nothing_to_do_or_something_comes() -> None:
+    runner = FakeRunner(make_info())
+    runner.idle_times = 5
+    with EngineThread(runner) as engine:
+        engine.send(message(max_tokens=1))
+        engine.receive()
+        _wait_for(lambda: runner.num_idle_times % 5 == 0)
+        assert runner.num_idle_times in (5, 10), "not again while it waits"
+        runner.idle_times = 10**9
+        engine.send(message("b", max_tokens=1))
+        engine.receive()
+        busy = runner.num_idle_times
+        _wait_for(lambda: runner.num_idle_times > busy + 100)
+        engine.send(message("c", max_tokens=1))
+        assert news(engine.receive()) == [("c", "length")]
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def test_a_step_without_news_tells_the_counters_alone() -> None:
