@@ -54,6 +54,8 @@ class Request:
     """KV blocks in the order of the tokens, while running. May hold more tokens than are computed."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks, computed or not. Extended by the ``KVCacheManager`` when it needs to know."""
+    num_hold_ups: int = 0
+    """Steps of full length that its decoding has waited for, for others' prompts."""
     is_paused: bool = False
     """Whoever reads its output is slow: it is not served until it is resumed."""
     num_matched_blocks: int = 0

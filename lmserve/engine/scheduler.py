@@ -6,6 +6,8 @@ step lets the latter catch up with the former under one budget of tokens:
 1. running requests that lack one token (they decode), in the order of their rank (priority, arrival);
 2. requests that lack more (a prompt, or a history after a preemption), running and waiting ones in one order of rank, a
    chunk each. Where others decode, all chunks together are bounded, so that decoding goes on evenly (``pace.py``).
+   But a prompt that two full steps would read gets them, until each who decodes has been held up four times: that is
+   too seldom to make a stream uneven, and in small chunks a prompt has all weights read for little, again and again.
 
 Of equal priority it is first come first served, but for one thing: a *long* prompt, one that has more left than three
 quarters of a full step, gets a quarter of what the step has for prompts, and more only when those who came after it
@@ -52,6 +54,10 @@ from lmserve.runtime.interface import RunnerInfo, StepInput, StepOutput
 MAX_PROMPT_LOGPROBS = 256
 LONG_SHARE = 4
 """A long prompt leaves all but the fourth part of a step to those who come after it."""
+SOON = 2
+"""Full steps that a prompt may take for which those who decode are held up."""
+MAX_HOLD_UPS = 4
+"""Steps of full length that one who decodes waits for, in all, for others' prompts."""
 NO_TOKEN = "The model's output is not a number, or the request's own constraints leave no token to choose."
 
 _rank = attrgetter("rank")
@@ -212,12 +218,35 @@ class Scheduler:
         draft.may_admit = self.num_preemptions == num_preemptions
 
     def _limit_prompts(self, draft: StepDraft) -> None:
-        num_rows = len(draft.chunks)
+        decoding = list(draft.chunks)
         could_start = min(self.num_waiting, len(self._free_slots))
-        reading = [request.num_computed_tokens for request in self._running if request not in draft.chunks]
-        token_work = 1 + self._context_cost * max(reading, default=0)
-        allowance = self.pace.allowance(num_rows, len(reading) + could_start, token_work)
-        draft.num_tokens = min(draft.num_tokens, allowance)
+        reading = [request for request in self._running if request not in draft.chunks]
+        token_work = 1 + self._context_cost * max((request.num_computed_tokens for request in reading), default=0)
+        allowance = self.pace.allowance(len(decoding), len(reading) + could_start, token_work)
+        if allowance < draft.num_tokens:
+            first = reading[0] if reading else self._next_waiting() if could_start else None
+            if first is None or not self._may_hold_up(decoding, first, allowance):
+                draft.num_tokens = allowance
+                return
+            for request in decoding:
+                request.num_hold_ups += 1
+
+    def _next_waiting(self) -> Request | None:
+        return next((request for request in self._waiting if not request.is_paused), None)
+
+    def _may_hold_up(self, decoding: list[Request], first: Request, allowance: int) -> bool:
+        """Whether a prompt is read sooner if a step is longer than ``Pace`` allows, and is worth it.
+
+        Of a long prompt not even the end is: behind so many tokens its steps are the longest.
+        """
+        if first.num_tokens - first.num_computed_tokens <= allowance:
+            return False
+        if any(request.num_hold_ups >= MAX_HOLD_UPS for request in decoding):
+            return False
+        missing = self.kv.num_missing_tokens(first) if first.num_cached_tokens is None else None
+        num_cached = first.num_cached_tokens if missing is None else first.num_tokens - missing
+        work = (first.num_tokens - num_cached) * (1 + self._context_cost * num_cached)
+        return work <= SOON * self._max_num_batched_tokens
 
     def _read_prompts(self, draft: StepDraft) -> None:
         """Chunks of prompts, running and waiting, level by level of priority."""

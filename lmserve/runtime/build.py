@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from threading import Thread
 
 import torch
 from torch import nn
@@ -115,6 +116,8 @@ def assemble_runner(
     layout = CacheLayout(config.block_size, size.num_blocks, model.device, dtype)
     backend = backend_class(config.attention_backend, model.device.type)(layout)
     cache = KVCache(shapes, layout)
+    getting_ready = Thread(target=_get_ready, args=(cache,), daemon=True)
+    getting_ready.start()  # beside what is to be done with the weights, most of which keeps one core busy
     lane.attach(cache, backend)
     vocab_size = model.config.get_text_config().vocab_size
     if model.device.type == "cpu":
@@ -135,7 +138,13 @@ def assemble_runner(
     )
     state = SamplingState(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size, device=model.device)
     sampler = Sampler(state, first_largest if lane.program is not None else None)
+    getting_ready.join()
     return PackedModelRunner(lane, sampler, state, info, images.reader)
+
+
+def _get_ready(cache: KVCache) -> None:
+    while cache.get_ready(0):
+        pass
 
 
 def _check_images(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lmserve.runtime.attention.base import CacheLayout, LayerCache
 from lmserve.runtime.pages import HUGE_PAGE, pieces, populate
 
-READY_BYTES = 256 * 2**20
+READY_BYTES = 512 * 2**20
 """That are ready beyond what has been used: what a burst of some thousand tokens takes."""
 
 

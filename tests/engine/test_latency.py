@@ -27,7 +27,7 @@ from lmserve.engine.core import EngineCore
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.messages import AddRequest
 from lmserve.engine.request import Request, RequestStatus
-from lmserve.engine.scheduler import Scheduler, SchedulerConfig
+from lmserve.engine.scheduler import MAX_HOLD_UPS, Scheduler, SchedulerConfig
 from lmserve.outputs import FinishReason
 from lmserve.runtime.interface import PromptImage, StepOutput
 from lmserve.sampling_params import SamplingParams
@@ -189,6 +189,62 @@ def test_nobody_starves(arrivals: list[tuple[int, int]]) -> None:
         older = [r.num_prompt_tokens for r, at in zip(shorts[:i], sent, strict=False) if finished[r] > sent[i]]
         num_before = sum(older) + LONGEST_SHORT  # the end of the long one is short, and older, too
         assert finished[request] - sent[i] <= -(-(num_before + request.num_prompt_tokens) // LONGEST_SHORT) + 1
+
+
+def beside_a_stream(*, max_num_seqs: int = 32) -> tuple[Scheduler, Request]:
+    """A scheduler in which one decodes, and mixed steps are kept short."""
+    config = SchedulerConfig(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=BUDGET, max_model_len=8_192, mixed_step_factor=1.4
+    )
+    scheduler = Scheduler(config, KVCacheManager(2_000, 16))
+    stream = prompt(16, "stream", 0, max_tokens=5_000)
+    scheduler.add(stream)
+    step(scheduler)
+    return scheduler, stream
+
+
+def test_a_prompt_that_is_soon_read_holds_a_stream_up_but_not_for_ever() -> None:
+    scheduler, stream = beside_a_stream()
+    lengths = []
+    for i in range(4):
+        scheduler.add(prompt(900, str(i), i + 1))
+        lengths.append([step(scheduler)[str(i)], step(scheduler)[str(i)]] if i < 2 else [step(scheduler)[str(i)]])
+    assert lengths[:2] == [[511, 389], [511, 389]]
+    assert stream.num_hold_ups == MAX_HOLD_UPS
+    assert lengths[2][0] < BUDGET / 4, "it has been held up often enough"
+
+
+def test_who_came_later_has_not_been_held_up_yet_but_one_who_has_is_enough() -> None:
+    scheduler, stream = beside_a_stream()
+    stream.num_hold_ups = MAX_HOLD_UPS
+    scheduler.add(prompt(16, "later", 1, max_tokens=5_000))
+    step(scheduler)
+    scheduler.add(prompt(500, "short", 2))
+    assert step(scheduler)["short"] < BUDGET / 4
+    scheduler.finish(stream, FinishReason.ABORT)
+    assert step(scheduler)["short"] > BUDGET / 2
+
+
+def test_a_long_prompt_holds_nobody_up_not_even_by_its_end() -> None:
+    scheduler, stream = beside_a_stream()
+    long = prompt(2 * BUDGET + 1, "long", 1)
+    scheduler.add(long)
+    while long.status is not RequestStatus.FINISHED:
+        assert step(scheduler)["long"] < BUDGET / 4
+    assert stream.num_hold_ups == 0
+
+
+def test_of_a_prompt_only_what_is_not_cached_counts() -> None:
+    scheduler, stream = beside_a_stream()
+    first = prompt(3 * BUDGET, "first", 1)
+    scheduler.add(first)
+    while first.status is not RequestStatus.FINISHED:
+        step(scheduler)
+    again = prompt(3 * BUDGET + 300, "again", 2)
+    again.cache_root = first.cache_root
+    scheduler.add(again)
+    assert step(scheduler)["again"] == 300
+    assert stream.num_hold_ups == 1
 
 
 @cache

@@ -21,7 +21,7 @@ from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.messages import AddRequest, Cancel, Pause, Resume
 from lmserve.engine.pace import Pace
 from lmserve.engine.request import Request, RequestStatus
-from lmserve.engine.scheduler import LONG_SHARE, Scheduler, SchedulerConfig, max_request_tokens
+from lmserve.engine.scheduler import LONG_SHARE, MAX_HOLD_UPS, Scheduler, SchedulerConfig, max_request_tokens
 from lmserve.engine.step_draft import SchedulerOutput
 from lmserve.outputs import FinishReason
 from lmserve.runtime.interface import ImageReading, PromptImage, RunnerInfo, SequenceFailed
@@ -58,14 +58,20 @@ class WatchedScheduler(Scheduler):
     def __init__(self, config: SchedulerConfig, kv: KVCacheManager) -> None:
         super().__init__(config, kv)
         self.pace = self.watched_pace = WatchedPace(config.mixed_step_factor, config.max_num_batched_tokens)
+        self._holds_up = False
 
     @property
     def _num_for_prompts(self) -> int:
         """Tokens that the last step had for prompts."""
-        pace = self.watched_pace
-        return max(0, min(pace.allowed, self._max_num_batched_tokens - pace.num_rows))
+        pace, left = self.watched_pace, self._max_num_batched_tokens - self.watched_pace.num_rows
+        return max(0, left if self._holds_up else min(pace.allowed, left))
+
+    def _may_hold_up(self, decoding: list[Request], first: Request, allowance: int) -> bool:
+        self._holds_up = super()._may_hold_up(decoding, first, allowance)
+        return self._holds_up
 
     def schedule(self) -> SchedulerOutput:
+        self._holds_up = False
         before = list(self._running)
         long = [request for request in sorted([*before, *self._waiting], key=_rank) if self._is_long(request)]
         scheduled = super().schedule()
@@ -84,6 +90,7 @@ class WatchedScheduler(Scheduler):
                 may_be_passed = request.is_paused or lacks_rows or self.kv.prefix_is_pending(request)
                 assert may_be_passed or self._has_a_long_one_before(request, long, scheduled), "passed for no reason"
         assert not any(request.is_paused for request in self._running)
+        assert all(request.num_hold_ups <= MAX_HOLD_UPS for request in self._running)
         num_prompt_tokens = scheduled.step.num_tokens - self.watched_pace.num_rows
         if num_prompt_tokens < self._num_for_prompts:
             owed = [request.num_prompt_logprobs < request.num_prompt_logprobs_wanted for request in self._running]
