@@ -16,7 +16,9 @@ which they come: what is a long step is one among others. Where those who wait a
 *crowd* as after a burst, that is not waited for: the whole budget serves more of them sooner, and small chunks beside a
 row or two would read all weights for little.
 
-A step in which nobody decodes has the whole budget. Until enough steps have been seen, a mixed one has a fixed part.
+A step in which nobody decodes has the whole budget. Where steps that only decode have not been seen yet, a few are
+made of the next ones: under a load that always reads nothing would ever be known. Where that does not help, either, a
+mixed step has a fixed part.
 
 What was measured decides where chunks end, and nothing else. In short number formats that changes rounding, as does any
 other company that a request has. A request of one choice that is alone is cut by the budget only, and so always alike.
@@ -146,12 +148,14 @@ class Pace:
         self.pressure = 0.0
         self._factor = factor
         self._budget = budget
+        self._num_trials = 0
+        """Steps from which prompts were kept out, to see what decodes take."""
 
     def allowance(self, num_rows: int, num_prompts: int, token_work: float = 1.0) -> int:
         """Prompt tokens that the next step may read, if so many rows decode and so many prompts could be read, whose
         next tokens count as much as so many without context.
 
-        To be asked once for each step, whether or not there are prompts.
+        To be asked once for each step, whether or not there are prompts. None but for ``MIN_DECODE_STEPS`` times.
         """
         if num_rows == 0:
             return self._budget
@@ -159,6 +163,9 @@ class Pace:
         self.pressure += (min(too_many / num_rows, MOST_PRESSURE) - self.pressure) / PRESSURE_MEMORY
         if math.isinf(self._factor) or (num_prompts - 1) * CROWD >= num_rows:
             return self._budget
+        if max(self._num_trials, self.costs.num_decode_steps) < MIN_DECODE_STEPS:
+            self._num_trials += num_prompts > 0
+            return 0
         num_grains = self._num_grains(num_rows, 1 + PRESSURE_GAIN * self.pressure, token_work)
         return min(self._budget, max(1, num_grains) * GRAIN)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmserve.engine.pace import GRAIN, UNKNOWN_SHARE, Pace, StepCosts
+from lmserve.engine.pace import GRAIN, MIN_DECODE_STEPS, UNKNOWN_SHARE, Pace, StepCosts
 
 BUDGET = 512
 
@@ -92,11 +92,19 @@ def test_without_a_factor_the_budget_is_whole() -> None:
     assert Pace(math.inf, BUDGET).allowance(8, 1) == BUDGET
 
 
-def test_before_anything_is_known_a_mixed_step_has_a_fixed_part() -> None:
+def test_before_anything_is_known_some_steps_only_decode_and_teach() -> None:
     pace = Pace(1.5, BUDGET)
-    assert pace.allowance(8, 1) == BUDGET // UNKNOWN_SHARE
-    pace.costs.observe(1, 512, 0.3)
-    assert pace.allowance(8, 1) == BUDGET // UNKNOWN_SHARE, "of decodes nothing is known"
+    pace.costs.observe(0, 512, 0.3)
+    for _ in range(MIN_DECODE_STEPS):
+        assert pace.allowance(8, 1) == 0
+        pace.costs.observe(8, 0, 0.010)
+    assert pace.allowance(8, 1) == GRAIN, "a prompt token takes 0.6 ms"
+
+
+def test_where_that_teaches_nothing_a_mixed_step_has_a_fixed_part() -> None:
+    pace = Pace(1.5, BUDGET)
+    assert [pace.allowance(8, 0) for _ in range(9)] == [0] * 9, "no prompt is kept out"
+    assert [pace.allowance(8, 1) for _ in range(6)] == [0] * MIN_DECODE_STEPS + [BUDGET // UNKNOWN_SHARE] * 2
 
 
 def test_many_prompts_that_wait_get_more_by_and_by_and_then_less_again() -> None:
@@ -147,12 +155,14 @@ def test_a_long_prompt_and_a_short_one_beside_many_rows_are_not_too_many() -> No
     st.floats(1, 1_000),
 )
 def test_whatever_was_measured_the_allowance_is_one(steps: list[tuple[int, int, float, int]], factor: float) -> None:
-    pace = Pace(factor, BUDGET)
+    pace, num_nothing = Pace(factor, BUDGET), 0
     for num_rows, num_prompt_tokens, seconds, num_prompts in steps:
         if num_rows + num_prompt_tokens:
             pace.costs.observe(num_rows, num_prompt_tokens, seconds)
         allowed = pace.allowance(num_rows, num_prompts)
-        assert GRAIN <= allowed <= BUDGET
+        assert allowed <= BUDGET
+        num_nothing += allowed < GRAIN and num_prompts > 0
+    assert num_nothing <= MIN_DECODE_STEPS
 
 
 @pytest.mark.parametrize(("decode", "prompt"), [(1e308, 1e-9), (1e-9, 1e308), (1e308, 1e308)])

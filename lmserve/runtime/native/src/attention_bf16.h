@@ -179,11 +179,6 @@ struct Bf16Attention {
   const float* sinks;
   bool use_amx;
 
-  size_t slot(int position) const {
-    return size_t(table[position / block_size]) * block_size + position % block_size;
-  }
-  const bf16* key(int position) const { return k_cache + (slot(position) * kv_heads + kv_head) * dk; }
-  const bf16* value(int position) const { return v_cache + (slot(position) * kv_heads + kv_head) * dv; }
   float sink(int g) const { return sinks ? sinks[kv_head * group + g] : -INFINITY; }
   int first_seen(int position) const { return window ? std::max(0, position + 1 - window) : 0; }
 
@@ -409,13 +404,16 @@ struct Bf16Attention {
   // A block of keys as they are, (KEY_BLOCK, dk); of values on its side, (dv, KEY_BLOCK).
   void pack(int block, int last, bf16* keys, bf16* values) const {
     const bf16* value_rows[KEY_BLOCK];
+    uint32_t slots[2 * KEY_BLOCK];  // of this block and the next one; what is not there yet gets no weight
+    const int count = std::min(2 * KEY_BLOCK, last + 1 - block);
+    find_slots(block, count, slots);
+    std::fill(slots + count, slots + 2 * KEY_BLOCK, slots[count - 1]);
     for (int j = 0; j < KEY_BLOCK; ++j) {
-      const int position = std::min(block + j, last);  // what is not there yet gets no weight
-      const int later = std::min(position + KEY_BLOCK, last);
-      for (int d = 0; d < dk; d += 32) _mm_prefetch(key(later) + d, _MM_HINT_T1);
-      for (int d = 0; d < dv; d += 32) _mm_prefetch(value(later) + d, _MM_HINT_T1);
-      value_rows[j] = value(position);
-      std::memcpy(keys + j * dk, key(position), size_t(dk) * 2);
+      const size_t here = size_t(slots[j]) * kv_heads + kv_head, later = size_t(slots[j + KEY_BLOCK]) * kv_heads + kv_head;
+      for (int d = 0; d < dk; d += 32) _mm_prefetch(k_cache + later * dk + d, _MM_HINT_T1);
+      for (int d = 0; d < dv; d += 32) _mm_prefetch(v_cache + later * dv + d, _MM_HINT_T1);
+      value_rows[j] = v_cache + here * dv;
+      std::memcpy(keys + j * dk, k_cache + here * dk, size_t(dk) * 2);
     }
     alignas(64) uint32_t pairs[LANES][LANES];  // of tokens, by columns of the values
     const bf16* rows[LANES];
