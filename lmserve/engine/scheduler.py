@@ -125,9 +125,14 @@ class Scheduler:
         """Decides the next step. Its tokens count as computed only once ``update`` hears of them."""
         draft = StepDraft(self._max_num_batched_tokens, self._max_num_prompt_logprobs)
         self._decode(draft)
-        self._limit_prompts(draft)
+        decoding = list(draft.chunks)
+        allowance = self._limit_prompts(decoding, draft)
+        num_left = draft.num_tokens
         if not draft.is_full:
             self._read_prompts(draft)
+        if allowance < num_left and allowance < num_left - draft.num_tokens:
+            for request in decoding:
+                request.num_hold_ups += 1
         return draft.finish()
 
     def update(self, scheduled: SchedulerOutput, output: StepOutput) -> list[RequestOutput]:
@@ -217,8 +222,8 @@ class Scheduler:
                 draft.give(request, 1, whole_images=self._whole_images)
         draft.may_admit = self.num_preemptions == num_preemptions
 
-    def _limit_prompts(self, draft: StepDraft) -> None:
-        decoding = list(draft.chunks)
+    def _limit_prompts(self, decoding: list[Request], draft: StepDraft) -> int:
+        """Leaves for prompts what ``Pace`` allows, which is returned, or all there is."""
         could_start = min(self.num_waiting, len(self._free_slots))
         reading = [request for request in self._running if request not in draft.chunks]
         token_work = 1 + self._context_cost * max((request.num_computed_tokens for request in reading), default=0)
@@ -227,9 +232,7 @@ class Scheduler:
             first = reading[0] if reading else self._next_waiting() if could_start else None
             if first is None or not self._may_hold_up(decoding, first, allowance):
                 draft.num_tokens = allowance
-                return
-            for request in decoding:
-                request.num_hold_ups += 1
+        return allowance
 
     def _next_waiting(self) -> Request | None:
         return next((request for request in self._waiting if not request.is_paused), None)
@@ -243,8 +246,9 @@ class Scheduler:
             return False
         if any(request.num_hold_ups >= MAX_HOLD_UPS for request in decoding):
             return False
-        missing = self.kv.num_missing_tokens(first) if first.num_cached_tokens is None else None
-        num_cached = first.num_cached_tokens if missing is None else first.num_tokens - missing
+        num_cached = first.num_cached_tokens
+        if num_cached is None:
+            num_cached = first.num_tokens - self.kv.num_missing_tokens(first)
         work = (first.num_tokens - num_cached) * (1 + self._context_cost * num_cached)
         return work <= SOON * self._max_num_batched_tokens
 
