@@ -116,8 +116,7 @@ def assemble_runner(
     layout = CacheLayout(config.block_size, size.num_blocks, model.device, dtype)
     backend = backend_class(config.attention_backend, model.device.type)(layout)
     cache = KVCache(shapes, layout)
-    getting_ready = Thread(target=_get_ready, args=(cache,), daemon=True)
-    getting_ready.start()  # beside what is to be done with the weights, most of which keeps one core busy
+    getting_ready = _get_ready(cache)  # beside what is to be done with the weights, most of which keeps one core busy
     lane.attach(cache, backend)
     vocab_size = model.config.get_text_config().vocab_size
     if model.device.type == "cpu":
@@ -142,9 +141,14 @@ def assemble_runner(
     return PackedModelRunner(lane, sampler, state, info, images.reader)
 
 
-def _get_ready(cache: KVCache) -> None:
-    while cache.get_ready(0):
-        pass
+def _get_ready(cache: KVCache) -> Thread:
+    def run() -> None:
+        while cache.get_ready(0):
+            pass
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    return thread
 
 
 def _check_images(
