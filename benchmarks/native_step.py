@@ -2,10 +2,10 @@
 
     python -m benchmarks.native_step MODELFOLDER [--quantization int8] [--context 192]
 
-First the machine, in the same run: how fast it reads memory, and how fast its products are. From these a step has a
-shortest time: it reads the weights and the cache once, and multiplies. Then steps of 1, 8 and 32 rows that decode, and
-of a prompt's chunk: how long each takes, what part of that is the shortest time, and which operations have it. Last,
-what the engine adds to a step of 32 rows: scheduling, preparing, sampling.
+First the machine, in the same run: how fast it reads memory, how fast its products are, and what it takes to make a
+large page. From the first two a step has a shortest time: it reads the weights and the cache once, and multiplies. Then
+steps of rows that decode, and of a prompt's chunk: how long each takes, what part of that is the shortest time, and
+which operations have it. Last, what the engine adds to a step of 32 rows: scheduling, preparing, sampling.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ from lmserve.runtime.interface import RunnerInfo
 from lmserve.runtime.model_runner import PackedModelRunner
 from lmserve.runtime.native.program import Program
 from lmserve.runtime.native.weights import PackedWeight, linear
+from lmserve.runtime.pages import HUGE_PAGE, populate, zeros
 from lmserve.sampling_params import SamplingParams
 
 READ_BYTES = 2**29
 TIMES = 20
 CHUNK = 512
 STREAMS = 32
+NUM_PAGES = 128
 PROMPT = 100
 
 
@@ -47,6 +49,8 @@ class Machine:
     bytes_per_second: float
     operations_per_second: float
     """Multiplications and additions of bfloat16 products."""
+    page_seconds: float
+    """For the system to make a page of 2 MiB that was not there; 0 if it cannot be asked to."""
 
 
 def best(function: Callable[[], object], times: int = TIMES) -> float:
@@ -68,7 +72,10 @@ def measure_machine() -> Machine:
     threads = torch.get_num_threads()
     reading = READ_BYTES / best(numbers.sum, 5)
     products = 2 * rows * size * size / best(lambda: linear(weight.parts[0], x, threads))
-    return Machine(reading, products)
+    pages = zeros(NUM_PAGES * HUGE_PAGE)
+    began = time.perf_counter()
+    made = populate(pages)
+    return Machine(reading, products, (time.perf_counter() - began) / NUM_PAGES if made else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = measure_machine()
     print(
         f"memory {machine.bytes_per_second / 1e9:.1f} GB/s, products {machine.operations_per_second / 1e9:.0f} GFLOP/s,"
+        f" {machine.page_seconds * 1e3:.1f} ms for a new page of 2 MiB,"
         f" weights {runner.info.weight_bytes / 1e6:.0f} MB, {runner.info.dtype}"
     )
     steps = (
@@ -179,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Step(1, CHUNK, 0),
         Step(1, CHUNK, CHUNK),
         Step(1, 16, 4 * CHUNK),
+        Step(4, 1, 2 * CHUNK),
     )
     for step in steps:
         print(describe(step, runner, program, machine), flush=True)
