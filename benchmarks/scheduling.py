@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from lmserve.cli.bench.results import percentile
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.request import Request
 from lmserve.engine.scheduler import Scheduler, SchedulerConfig
@@ -229,10 +230,6 @@ def _print(name: str, policy: str, run: Simulation, ratio: float) -> None:
         f"{percentile(gaps, 0.95) / median:>6.2f}x{percentile(gaps, 0.99) / median:>6.2f}x"
         f"{run.tokens_per_second:>9.0f}{ratio:>7.3f}"
     )
-
-
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 if __name__ == "__main__":

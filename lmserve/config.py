@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 _TRUE = ("true", "yes", "on", "1")
@@ -317,3 +318,11 @@ def _kind(hint: Any) -> type:
         hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     kind: type = typing.get_origin(hint) or hint
     return kind
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """What is made once is kept there: ``LMSERVE_CACHE``, else ``lmserve`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    if environ.get("LMSERVE_CACHE"):
+        return Path(environ["LMSERVE_CACHE"]).expanduser()
+    home = environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "lmserve"

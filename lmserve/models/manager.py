@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmserve.config import Config
+from lmserve.config import Config, cache_folder
 from lmserve.errors import InvalidRequest, ModelLoadFailed, ModelNotFound, ModelUnloaded, NotReady
 from lmserve.models.admission import Admission, size
 from lmserve.models.entries import REFRESH_SECONDS, Entries
 from lmserve.models.entry import RETRY_SECONDS, LoadOptions, ModelEntry, Origin
 from lmserve.models.life import Life, Observer, placed
-from lmserve.models.starter import cache_folder
 from lmserve.models.worker_process import Worker
 from lmserve.runtime.interface import MemoryPlan, Task
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from lmserve.config import cache_folder
 from lmserve.errors import ConfigError, ModelLoadFailed
 
 
@@ -51,14 +52,6 @@ STARTERS: Mapping[str, Starter] = types.MappingProxyType(
 
 
 _HIDDEN = shutil.ignore_patterns(".*")
-
-
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """``LMSERVE_CACHE``, else ``lmserve`` in ``XDG_CACHE_HOME``, else in ``~/.cache``."""
-    if environ.get("LMSERVE_CACHE"):
-        return Path(environ["LMSERVE_CACHE"]).expanduser()
-    home = environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "lmserve"
 
 
 def is_starter(model: str) -> bool:

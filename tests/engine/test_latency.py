@@ -20,9 +20,9 @@ from benchmarks.scheduling import (
     Costs,
     Simulation,
     one_of_each,
-    percentile,
     streams,
 )
+from lmserve.cli.bench.results import percentile
 from lmserve.engine.core import EngineCore
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.messages import AddRequest
@@ -191,10 +191,10 @@ def test_nobody_starves(arrivals: list[tuple[int, int]]) -> None:
         assert finished[request] - sent[i] <= -(-(num_before + request.num_prompt_tokens) // LONGEST_SHORT) + 1
 
 
-def beside_a_stream() -> tuple[Scheduler, Request]:
+def beside_a_stream(num_blocks: int = 2_000) -> tuple[Scheduler, Request]:
     """A scheduler in which one decodes, and that knows how few tokens a short mixed step has."""
     config = SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=BUDGET, max_model_len=8_192, mixed_step_factor=1.4)
-    scheduler = Scheduler(config, KVCacheManager(2_000, 16))
+    scheduler = Scheduler(config, KVCacheManager(num_blocks, 16))
     for num_rows, num_prompt_tokens in [(1, 0)] * 4 + [(1, 64)]:
         scheduler.pace.costs.observe(num_rows, num_prompt_tokens, 0.010 + 0.000_1 * num_prompt_tokens)
     stream = prompt(16, "stream", 0, max_tokens=5_000)
@@ -223,6 +223,13 @@ def test_who_came_later_has_not_been_held_up_yet_but_one_who_has_is_enough() -> 
     assert step(scheduler) == {"stream": 1, "later": 1, "short": 32}
     scheduler.finish(stream, FinishReason.ABORT)
     assert step(scheduler) == {"later": 1, "short": 468}
+
+
+def test_a_prompt_that_cannot_start_holds_nobody_up() -> None:
+    scheduler, stream = beside_a_stream(num_blocks=50)
+    scheduler.add(prompt(900, "too large for now", 1))
+    assert [step(scheduler) for _ in range(6)] == [{"stream": 1}] * 6
+    assert stream.num_hold_ups == 0
 
 
 def test_a_long_prompt_holds_nobody_up_not_even_by_its_end() -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lmserve.config import cache_folder
 from lmserve.errors import ConfigError, ModelLoadFailed
-from lmserve.models.starter import STARTERS, cache_folder, ensure_starter, is_starter
+from lmserve.models.starter import STARTERS, ensure_starter, is_starter
 
 CHAT = "smollm2-135m-instruct"
 EMBEDDING = "all-minilm-l6-v2"

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from lmserve.config import cache_folder
+
 HEADERS = Path(__file__).parent / "src"
 FLAGS = (
     "-std=c++17",
@@ -59,7 +61,7 @@ def compiled(source: str, name: str) -> Path:
     headers = [path.read_bytes() for path in sorted(HEADERS.glob("*.h"))]
     facts = [source.encode(), *headers, *map(str.encode, FLAGS), compiler_version(compiler), processor_flags().encode()]
     digest = hashlib.sha256(b"\0".join(facts)).hexdigest()[:24]
-    target = cache_folder() / f"{name}-{digest}.so"
+    target = cache_folder() / "native" / f"{name}-{digest}.so"
     try:
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,13 +102,6 @@ def processor_flags() -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
-
-
-def cache_folder() -> Path:
-    """Beside the starter models: ``LMSERVE_CACHE``, else ``lmserve`` in ``XDG_CACHE_HOME``, else in ``~/.cache``."""
-    named, home = os.environ.get("LMSERVE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(named).expanduser() if named else (Path(home) if home else Path.home() / ".cache") / "lmserve"
-    return folder / "native"
 
 
 def _compile(compiler: str, source: str, name: str, target: Path) -> None:

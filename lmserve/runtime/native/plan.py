@@ -14,9 +14,8 @@ from lmserve.runtime.native.graph import ACROSS, Graph, Value, View
 from lmserve.runtime.native.operations import CHEAP
 from lmserve.runtime.native.rows import Buffer
 from lmserve.runtime.native.trace import NotTraceable
+from lmserve.runtime.native.weights import PANEL
 
-PANEL = 32
-"""Outputs of a product that lie together: joined layers begin at multiples of it (``weights.py``)."""
 LOCAL_NUMBERS = 2**15
 """What a function keeps on its stack at most, for one array."""
 ROW_BYTES = 64

@@ -19,14 +19,13 @@ from lmserve.runtime.native.graph import Graph, Value, View
 from lmserve.runtime.native.plan import Plan, Product, Room, hand_out
 from lmserve.runtime.native.rows import Segment, SegmentWriter
 from lmserve.runtime.native.trace import IDS, KEEP, POSITIONS
-from lmserve.runtime.native.weights import PackedWeight, WeightStruct, has_tiles
+from lmserve.runtime.native.weights import TYPES, PackedWeight, WeightStruct, has_tiles
 from lmserve.runtime.pages import zeros
 
 SOURCES = Path(__file__).parent / "src"
 SEGMENT, PREPARE, PRODUCT, WRITE_CACHE, ATTEND, SELECT = range(6)
 KINDS = ("rows", "preparations", "products", "cache writes", "attention", "selection")
 ROW_WISE = frozenset((SEGMENT, PREPARE, WRITE_CACHE))
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class _Matrix(ctypes.Structure):

@@ -22,7 +22,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 GROUP = 32
 """Numbers along the input that share a scale, with 4 bits."""
 PANEL = 32
-"""Outputs that lie together."""
+"""Outputs that lie together: joined layers begin at multiples of it."""
 
 
 class WeightStruct(ctypes.Structure):
@@ -129,19 +129,6 @@ class PackedWeight:
         products().lm_pack(
             ctypes.byref(part), ctypes.c_void_p(source.data_ptr()), TYPES[source.dtype], *pointers, threads
         )
-        self._packed(i, bias)
-
-    def pack_int4(self, i: int, q: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None = None) -> None:
-        """Layer i from 4 bits that are there already: w = q * scale + minimum.
-
-        Args:
-            q: (size, in_features) uint8 in 0..15.
-            scale, minimum: (size, in_features / 32) float32 that float16 can hold.
-        """
-        assert self.kind == "int4"
-        arrays = [array.contiguous() for array in (q, scale.float(), minimum.float())]
-        pointers = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
-        products().lm_pack_int4(ctypes.byref(self.parts[i]), *pointers, torch.get_num_threads())
         self._packed(i, bias)
 
     def _packed(self, i: int, bias: Tensor | None) -> None:

@@ -93,16 +93,6 @@ def test_weights_in_fewer_bits_are_near_the_plain_ones() -> None:
     assert PackedWeight("int4", [64], 256).num_bytes < PackedWeight("bfloat16", [64], 256).num_bytes * 0.35
 
 
-def test_four_bits_that_are_there_already_are_taken_over_as_they_are() -> None:
-    torch.manual_seed(0)
-    q = torch.randint(0, 16, (40, 96), dtype=torch.uint8)
-    scale, minimum = (torch.randn(40, 3).half().float() for _ in range(2))
-    weight = PackedWeight("int4", [40], 96)
-    weight.pack_int4(0, q, scale, minimum)
-    groups = q.float().view(40, 3, 32) * scale[..., None] + minimum[..., None]
-    assert torch.equal(weight.unpack(0), groups.view(40, 96))
-
-
 def test_not_a_number_stays_none_and_zeros_are_no_division_by_zero() -> None:
     for kind in KINDS:
         weight, _, bias = packed(kind, 40, 64)

@@ -93,7 +93,6 @@ int lm_tiles() {
 
 int64_t lm_data_bytes(const Weight* w) { return int64_t(num_panels(*w)) * panel_bytes(*w); }
 int64_t lm_prepared_bytes(const Weight* w) { return prepared_bytes(*w); }
-int lm_padded_outputs(const Weight* w) { return num_panels(*w) * PANEL; }
 
 // w: (n, k), T_F32 or T_BF16. For INT4: `q`, `scale` and `minimum` are room for it, (n, k) bytes and (n, groups) floats.
 void lm_pack(Weight* to, const void* w, int type, uint8_t* q, float* scale, float* minimum, int threads) {
@@ -120,11 +119,6 @@ void lm_pack(Weight* to, const void* w, int type, uint8_t* q, float* scale, floa
         }
     }
   }
-}
-
-void lm_pack_int4(Weight* to, const uint8_t* q, const float* scale, const float* minimum, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (long panel = 0; panel < num_panels(*to); ++panel) pack_panel_int4(q, scale, minimum, *to, panel);
 }
 
 // The weight as it counts, (n, k) floats.
