@@ -7,11 +7,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from lmserve.models.starter import ensure_starter
 from tests.tiny_folder import write_tiny_folder
 
 SESSION = "TEST_SESSION"
+
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile("repeatable")
+"""The same examples in each run, that a failure belongs to the change before it; ``explore`` looks for new ones."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmserve.errors import InvalidRequest
@@ -381,4 +381,4 @@ def _name_pattern(name: str, path: str) -> Pattern:
     pattern = _pattern(name, path)
     if pattern.has_classes:
         raise InvalidRequest(f"{path}: spell \\d, \\w and \\s out, as [0-9] for example; readers differ.", path)
-    return pattern
+    return replace(pattern, text=name)

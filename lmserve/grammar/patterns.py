@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _CLASSES = "dDwWsS"
-_NARROWED = {"D": r"\p{Nd}", "W": r"\p{L}\p{N}_"}
-"""Outside a negated class: what Python takes for a digit or a letter is left out too, and not ASCII's alone."""
-_WIDENED = {"d": r"\p{Nd}", "w": r"\p{L}\p{N}_"}
-"""The same within a negated class, where the excluded ones are to be more."""
+_ALL_SPACES = r"\t\n\x0B\x0C\r \u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000"
+_SURE = {"d": "0-9", "w": "A-Za-z0-9_", "s": _ALL_SPACES}
+"""What every reader takes for a digit, a part of a word, a space: ECMA-262 knows ASCII's digits and letters alone."""
+_POSSIBLE = {"d": r"\p{Nd}", "w": r"\p{L}\p{N}_", "s": _ALL_SPACES + r"\x1C-\x1F\u0085\uFEFF"}
+"""What any reader takes for one: Python all of Unicode's, and for spaces separators of ASCII too."""
 _ESCAPED = r"[\\/.*+?()\[\]{}|^$\-tnrf]|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}"
 _TOKEN = re.compile(
     rf"""\\(?P<escape>[dDwWsS]|{_ESCAPED})
@@ -84,11 +85,23 @@ def _tokens(pattern: str) -> Iterator[tuple[str, str]]:
 
 
 def _for_all_readers(kind: str, text: str) -> str:
-    if kind == "escape" and text[1] in _NARROWED:
-        return f"[^{_NARROWED[text[1]]}]"
+    if kind == "escape" and text[1] in _CLASSES:
+        return f"[{_class_part(text, is_negated=False)}]"
     if kind == "class":
         return _class_for_all_readers(text)
-    return text
+    return r"[^\n\r\u2028\u2029]" if text == "." else text
+
+
+def _class_part(part: str, is_negated: bool) -> str:
+    """A part of a class: ``\\d`` and the like such that the whole class has only what is in it for every reader.
+
+    In a negated class that is what may be excluded by any of them, in another what is surely included.
+    """
+    if len(part) == 1 or part[1] not in _CLASSES:
+        return part
+    is_complement = part[1].isupper()
+    characters = (_POSSIBLE if is_complement != is_negated else _SURE)[part[1].lower()]
+    return f"[^{characters}]" if is_complement else characters
 
 
 def _class_for_all_readers(text: str) -> str:
@@ -101,13 +114,7 @@ def _class_for_all_readers(text: str) -> str:
             raise PatternError("has a '-' in a class that is neither a range nor at an end; write \\-")
         if part == "-" and parts[i : i + 2] == ["-", "-"]:
             raise PatternError("has '--' in a class, which some readers take for an operation on sets")
-    replaced = _WIDENED if is_negated else _NARROWED
-    body = "".join(
-        part
-        if len(part) == 1 or part[1] not in replaced
-        else (replaced[part[1]] if is_negated else f"[^{replaced[part[1]]}]")
-        for part in parts
-    )
+    body = "".join(_class_part(part, is_negated) for part in parts)
     return f"[{'^' if is_negated else ''}{body}]"
 
 

@@ -194,6 +194,24 @@ KEPT: list[tuple[object, list[str], list[str]]] = [
     ({"type": "string", "pattern": r"^\W$"}, ['"!"'], ['"é"', '"a"']),
     ({"type": "string", "pattern": r"^\D$"}, ['"é"'], ['"٣"', '"3"']),
     ({"type": "string", "pattern": r"^[^\w]$"}, ['"!"'], ['"é"', '"a"']),
+    ({"type": "string", "pattern": r"^\d\w$"}, ['"0a"'], ['"٣a"', '"0é"']),
+    *(
+        (
+            {"type": "string", "pattern": pattern},
+            ['"\u00a0"', '"\u3000"', '"\\t"'],
+            ['"\x85"', '"\ufeff"', '"\\u001c"', '"a"'],
+        )
+        for pattern in (r"^\s$", r"^[\s]$", r"^[^\S]$")
+    ),
+    *(
+        (
+            {"type": "string", "pattern": pattern},
+            ['"a"', '"é"'],
+            ['"\x85"', '"\ufeff"', '"\\u001c"', '"\u00a0"', '"\\n"'],
+        )
+        for pattern in (r"^\S$", r"^[\S]$", r"^[^\s]$")
+    ),
+    ({"type": "string", "pattern": "^.$"}, ['"a"', '"\x85"'], ['"\\n"', '"\\r"', '"\u2028"', '"\u2029"']),
     ({"type": "string", "minLength": 2, "maxLength": 2}, ['"é😀"', '"\\n\\""'], ['"é"', '"abc"']),
     (
         {"type": ["object", "null"], "properties": {"n": {"$ref": "#"}}, "required": ["n"]},
