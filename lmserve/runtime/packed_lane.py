@@ -198,8 +198,7 @@ class PackedLane:
         assert self._backend is not None
         assert self._slot_mapping is not None
         cache = self._cache.layers[layer]
-        cache.k.index_copy_(0, self._slot_mapping, k)
-        cache.v.index_copy_(0, self._slot_mapping, v)
+        self._backend.write(k, v, cache, self._slot_mapping)
         options = LayerOptions(scaling, sliding_window, softcap, s_aux)
         return self._backend.attend(q, k, v, cache, self._plan, options)[None], None
 

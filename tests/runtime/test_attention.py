@@ -197,6 +197,31 @@ def test_a_decode_gives_the_same_bits_in_any_company(name: str, dtype: torch.dty
         assert torch.equal(alone[0], together[i])
 
 
+WITH_DEVICE_LENGTHS = [name for name in BACKENDS if backend_class(name, "cpu").reads_device_lengths]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("name", WITH_DEVICE_LENGTHS)
+def test_a_plan_for_decodes_reads_what_its_tensors_hold_later(name: str, options: LayerOptions) -> None:
+    """One plan; then other lengths, another order of tables, and a row of padding at the end."""
+    case = make_case(((11, 1), (3, 1), (64, 1), (70, 1), (0, 1)))
+    num_rows, width = len(case.spans), 20
+    tables = torch.full((9, width), NUM_BLOCKS, dtype=torch.int32)
+    rows, lengths = torch.zeros(num_rows + 1, dtype=torch.int64), torch.zeros(num_rows + 1, dtype=torch.int32)
+    backend = make_backend(name)
+    plan = backend.plan_decode(tables, rows, lengths)
+    for order in ([3, 8, 0, 2, 5], [1, 2, 3, 4, 5]):
+        tables.fill_(NUM_BLOCKS)
+        for row, span in zip(order, case.spans, strict=True):
+            tables[row, : len(span.block_table)] = torch.tensor(span.block_table)
+        rows[:num_rows] = torch.tensor(order)
+        lengths[:num_rows] = torch.tensor([span.kv_len for span in case.spans])
+        padded = [torch.cat([x, x[:1]]) for x in (case.q, case.k, case.v)]
+        found = backend.attend(*padded, case.cache, plan, options)
+        assert found.isfinite().all()
+        torch.testing.assert_close(found[:num_rows].double(), expected(case, options), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_rows_beyond_the_spans_are_finite(name: str) -> None:
     case = make_case(((5, 1),))

@@ -70,11 +70,13 @@ class LayerOptions:
 class AttentionBackend(ABC):
     """One way of attending over the paged cache.
 
-    ``plan`` runs once a step, on the host; ``attend`` once a layer. The keys and values of the step's tokens are in the
-    cache before ``attend`` is called. Rows beyond the spans (padding) may come out as anything finite.
+    ``plan`` runs once a step, on the host; ``write`` and then ``attend`` once a layer: the keys and values of the step's
+    tokens are in the cache before they are attended to. Rows beyond the spans (padding) may come out as anything finite.
     """
 
     name: ClassVar[str]
+    reads_device_lengths: ClassVar[bool] = False
+    """Whether it has ``plan_decode``, so that a step can be captured once and run again with other lengths."""
 
     def __init__(self, layout: CacheLayout) -> None:
         self.layout = layout
@@ -82,6 +84,23 @@ class AttentionBackend(ABC):
     @abstractmethod
     def plan(self, spans: list[Span]) -> Any:
         """Everything about the step that does not depend on the layer."""
+
+    def plan_decode(self, tables: Tensor, table_rows: Tensor, kv_lens: Tensor) -> Any:
+        """A plan for all steps of B rows in which each row is the newest token of another sequence.
+
+        What the tensors hold is read on the device whenever ``attend`` runs, and nothing of it on the host.
+
+        Args:
+            tables: (any, width) int32, the blocks of a sequence in order, then the scratch block.
+            table_rows: (B,) int64, which of the tables is a row's.
+            kv_lens: (B,) int32, tokens that a row sees; 0 for padding, whose result may be anything finite.
+        """
+        raise NotImplementedError
+
+    def write(self, k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+        """Puts k, v (T, kv heads, Dk | Dv) into the cache rows (T,) int64; padding's row is in the scratch block."""
+        cache.k.index_copy_(0, slot_mapping, k)
+        cache.v.index_copy_(0, slot_mapping, v)
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, plan: Any, options: LayerOptions) -> Tensor:

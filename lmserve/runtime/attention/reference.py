@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,18 +18,39 @@ from lmserve.runtime.attention.base import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """See ``AttentionBackend.plan_decode``."""
+
+    tables: Tensor
+    table_rows: Tensor
+    kv_lens: Tensor
+
+
 class ReferenceBackend(AttentionBackend):
     """Every other backend is held to this one."""
 
     name: ClassVar[str] = "reference"
+    reads_device_lengths: ClassVar[bool] = True
+
+    def plan_decode(self, tables: Tensor, table_rows: Tensor, kv_lens: Tensor) -> DecodePlan:
+        return DecodePlan(tables, table_rows, kv_lens)
 
     def plan(self, spans: list[Span]) -> list[tuple[Span, Tensor]]:
         """Each span with the cache rows of its tokens."""
         return [(span, self._cache_rows(span)) for span in spans]
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, plan: list[tuple[Span, Tensor]], options: LayerOptions
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: LayerCache,
+        plan: list[tuple[Span, Tensor]] | DecodePlan,
+        options: LayerOptions,
     ) -> Tensor:
+        if isinstance(plan, DecodePlan):
+            return self._attend_decode(q, cache, plan, options)
         out = q.new_zeros(*q.shape[:2], v.shape[-1])
         for span, cache_rows in plan:
             rows = slice(span.row, span.row + span.q_len)
@@ -42,6 +64,19 @@ class ReferenceBackend(AttentionBackend):
                 options,
             )[0].transpose(0, 1)
         return out
+
+    def _attend_decode(self, q: Tensor, cache: LayerCache, plan: DecodePlan, options: LayerOptions) -> Tensor:
+        """All rows at once, over as many keys as a table has: padding keys are hidden, and so are other windows'."""
+        block_size = self.layout.block_size
+        slots = plan.tables.index_select(0, plan.table_rows)[:, :, None].long() * block_size
+        slots = (slots + torch.arange(block_size, device=q.device)).flatten(1)
+        positions = torch.arange(slots.shape[1], device=q.device)
+        ends = plan.kv_lens[:, None]
+        keep = positions < ends.clamp_min(1)  # padding sees something, for a softmax of nothing is no number
+        if options.window is not None:
+            keep &= positions >= ends - options.window
+        keys, values = (pool[slots].transpose(1, 2) for pool in (cache.k, cache.v))
+        return dense_attention(q[:, :, None], keys, values, keep[:, None, None], options)[:, :, 0]
 
     def _cache_rows(self, span: Span) -> Tensor:
         block_size, device = self.layout.block_size, self.layout.device
