@@ -47,8 +47,8 @@ class ModelConfig:
     )
     quantization: str = _key(
         "none",
-        "weights in 8 or 4 bits: less memory, faster, with a loss (docs/quantization.md, docs/embeddings.md)",
-        choices=("none", "int8", "int4"),
+        "weights in 8 or 4 bits: smaller, faster, with a loss; fp8: on GPUs (docs/quantization.md, docs/embeddings.md)",
+        choices=("none", "int8", "int4", "fp8"),
     )
     task: str = _key(
         "auto",
@@ -56,7 +56,13 @@ class ModelConfig:
         choices=("auto", "generate", "embed", "score"),
     )
     threads: int = _key(0, "processor threads of a worker; 0: one for each core", low=0)
-    attention_backend: str = _key("auto", "attention implementation", choices=("auto", "reference", "sdpa", "cpu"))
+    attention_backend: str = _key(
+        "auto", "attention implementation", choices=("auto", "reference", "sdpa", "cpu", "triton", "fa3")
+    )
+    compile: bool = _key(
+        True, "on a GPU, let torch.compile make a layer's small operations into few; off: faster start"
+    )
+    cuda_graphs: bool = _key(True, "on a GPU, capture steps that only decode, and run them again as one launch")
     max_model_len: int = _key(0, "tokens of prompt and output together; 0: what the model and the memory allow", low=0)
     max_num_seqs: int = _key(64, "sequences that run at once", low=1, high=4096)
     max_num_batched_tokens: int = _key(
@@ -75,6 +81,17 @@ class ModelConfig:
         "bytes for the KV cache (512MiB, 4GiB, …); 0: a quarter of the free memory on a CPU, most of it on a GPU",
         low=0,
         unit="bytes",
+    )
+    kv_cache_dtype: str = _key(
+        "auto",
+        "number format of the KV cache; auto: the model's; fp8: half the memory, with a loss",
+        choices=("auto", "fp8"),
+    )
+    gpu_memory_utilization: float = _key(
+        0.9,
+        "share of a GPU's memory that this model's worker may take, weights and all, if it is free",
+        low=0.05,
+        high=1.0,
     )
     prefix_caching: bool = _key(True, "reuse the KV blocks of equal beginnings of prompts")
     max_waiting: int = _key(1024, "requests that may wait; one more is a 429", low=1)

@@ -78,7 +78,7 @@ def test_bytes_are_written_as_they_are_read(count: int) -> None:
 
 
 def test_there_are_few_keys_and_each_is_explained() -> None:
-    assert len(keys()) <= 57
+    assert len(keys()) <= 61
     for key in keys().values():
         assert key.help
         assert key.default is not None or key.example is not None

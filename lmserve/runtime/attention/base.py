@@ -70,8 +70,9 @@ class LayerOptions:
 class AttentionBackend(ABC):
     """One way of attending over the paged cache.
 
-    ``plan`` runs once a step, on the host; ``write`` and then ``attend`` once a layer: the keys and values of the step's
-    tokens are in the cache before they are attended to. Rows beyond the spans (padding) may come out as anything finite.
+    ``plan`` runs once a step, on the host; ``write`` and then ``attend`` once a layer: the keys and values of the
+    step's tokens are in the cache before they are attended to. Rows beyond the spans (padding) may come out as
+    anything finite.
     """
 
     name: ClassVar[str]
