@@ -5,25 +5,37 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.messages import AddRequest, Cancel, EngineStats, Pause, Resume, StepOutputs, ToWorker, UseVocabulary
-from lmserve.engine.request import Request
+from lmserve.engine.request import Request, RequestStatus
 from lmserve.engine.scheduler import Scheduler, SchedulerConfig, max_request_tokens
 from lmserve.engine.step_draft import SchedulerOutput
 from lmserve.outputs import FinishReason, RequestOutput
-from lmserve.runtime.interface import FatalRunnerError, ModelRunner, SequenceFailed, StepInput, StepOutput
+from lmserve.runtime.interface import FatalRunnerError, ModelRunner, SequenceFailed, StepOutput
 
 STEP_FAILED = "The engine step that held this request failed. The request is lost; it can be sent again."
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class _Launched:
+    """A step that the runner has been given."""
+
+    scheduled: SchedulerOutput
+    began: float
+    """When it was launched."""
+    computed: StepOutput | None = None
+    """None: it is not collected, or has failed."""
+
+
 class EngineCore:
     """One model's live requests, and the step that takes them on. Synchronous: one thread calls everything.
 
-    Between two steps nothing is in flight, so that what a cancel frees is free at once.
+    What a cancel frees is free at once: a step that is still on its way comes before all that use it again.
     """
 
     def __init__(
@@ -34,6 +46,10 @@ class EngineCore:
         self.scheduler = Scheduler(config, kv)
         self._runner = runner
         self._clock = clock
+        self._launches_ahead = info.launches_ahead
+        self._in_flight: _Launched | None = None
+        self._collected = 0.0
+        """When the last step was."""
         self._prefix_caching = config.prefix_caching
         self._max_tokens = min(max_request_tokens(info), config.max_model_len)
         self._live: dict[str, dict[int, Request]] = {}
@@ -48,7 +64,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to do."""
-        return self.scheduler.num_running + self.scheduler.num_waiting > 0
+        return self._in_flight is not None or self.scheduler.num_running + self.scheduler.num_waiting > 0
 
     @property
     def stats(self) -> EngineStats:
@@ -134,26 +150,23 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Schedules and runs one step; the news of its requests. A failed step costs each of them one error.
 
+        A runner that launches ahead is given the next step before the last one is collected, so that the device never
+        waits for the host: the news is then that of the step before, and a sequence that has ended in it is computed
+        once in vain.
+
         Raises:
             FatalRunnerError: the device can no longer be trusted.
         """
-        scheduled = self.scheduler.schedule()
         outputs: list[RequestOutput] = []
-        while scheduled.requests:
-            try:
-                scheduled, computed = self._run(scheduled)
-            except SequenceFailed as error:
-                logger.exception("A request failed; the %d others of its step do not.", len(scheduled.requests) - 1)
-                failed = [request for request in scheduled.requests if request.slot == error.slot]
-                outputs += self._give_up(failed or scheduled.requests)
-                scheduled = self.scheduler.remaining(scheduled)
-                continue
-            if computed is None:
-                outputs += self._give_up(scheduled.requests)
-            else:
-                self._count(scheduled, computed)
-                outputs += self.scheduler.update(scheduled, computed)
-            break
+        launched = self._launch_next(outputs)
+        if self._launches_ahead:
+            if launched is not None:
+                self.scheduler.advance(launched.scheduled)
+            launched, self._in_flight = self._in_flight, launched
+            if launched is not None:
+                launched.computed = self._try_to_collect(launched)
+        if launched is not None:
+            outputs += self._news(launched)
         self._take_note(outputs)
         return outputs
 
@@ -169,33 +182,75 @@ class EngineCore:
         """Does a little of what makes later steps shorter; whether there is more of it to do."""
         return self._runner.use_idle_time()
 
-    def _run(self, scheduled: SchedulerOutput) -> tuple[SchedulerOutput, StepOutput | None]:
-        """Runs the step; None if it failed. Out of memory, the later half is put off and the rest tried once more."""
-        try:
-            return scheduled, self._compute(scheduled.step)
-        except (FatalRunnerError, SequenceFailed):
-            raise
-        except Exception as error:
-            logger.exception("An engine step of %d requests failed.", len(scheduled.requests))
-            if not is_out_of_memory(error) or len(scheduled.requests) == 1:
-                return scheduled, None
-        fewer = self.scheduler.halve(scheduled)
-        try:
-            return fewer, self._compute(fewer.step)
-        except (FatalRunnerError, SequenceFailed):
-            raise
-        except Exception:
-            logger.exception("It failed again with %d of its requests, which are lost.", len(fewer.requests))
-            return fewer, None
+    def _launch_next(self, outputs: list[RequestOutput]) -> _Launched | None:
+        """Schedules a step and launches it; without launching ahead, computes it, too. None if there is none.
+
+        If it fails for one sequence it is launched without; out of memory, the later half is put off and the rest tried
+        once more; else its requests are lost. Their news are added to ``outputs``.
+        """
+        scheduled = self.scheduler.schedule()
+        may_halve = True
+        while scheduled.requests:
+            try:
+                launched = _Launched(scheduled, self._clock())
+                self._runner.launch(scheduled.step)
+                if not self._launches_ahead:
+                    launched.computed = self._collect(launched)
+                return launched
+            except FatalRunnerError:
+                raise
+            except SequenceFailed as error:
+                logger.exception("A request failed; the %d others of its step do not.", len(scheduled.requests) - 1)
+                failed = [request for request in scheduled.requests if request.slot == error.slot]
+                outputs += self._settle()  # the others are told anew, with all their tokens
+                outputs += self._give_up(failed or scheduled.requests)
+                scheduled = self.scheduler.remaining(scheduled)
+            except Exception as error:
+                logger.exception("An engine step of %d requests failed.", len(scheduled.requests))
+                outputs += self._settle()
+                scheduled = self.scheduler.remaining(scheduled)
+                may_halve = may_halve and is_out_of_memory(error) and len(scheduled.requests) > 1
+                if not may_halve:
+                    outputs += self._give_up(scheduled.requests)
+                    return None
+                scheduled, may_halve = self.scheduler.halve(scheduled), False
+        return None
+
+    def _settle(self) -> list[RequestOutput]:
+        """Waits for the step that is on its way, so that all tokens are known; its news."""
+        launched, self._in_flight = self._in_flight, None
+        if launched is None:
+            return []
+        launched.computed = self._try_to_collect(launched)
+        return self._news(launched)
+
+    def _news(self, launched: _Launched) -> list[RequestOutput]:
+        scheduled, computed = launched.scheduled, launched.computed
+        if computed is None:
+            return self._give_up(self.scheduler.lose(scheduled))
+        self._count(scheduled, computed)
+        return self.scheduler.update(scheduled, computed)
 
     def _give_up(self, requests: list[Request]) -> list[RequestOutput]:
-        return [self.scheduler.finish(request, FinishReason.ERROR, STEP_FAILED) for request in requests]
+        alive = [request for request in requests if request.status is not RequestStatus.FINISHED]
+        return [self.scheduler.finish(request, FinishReason.ERROR, STEP_FAILED) for request in alive]
 
-    def _compute(self, step: StepInput) -> StepOutput:
-        began = self._clock()
-        self._runner.launch(step)
+    def _try_to_collect(self, launched: _Launched) -> StepOutput | None:
+        """None: it failed. Another step has been launched behind it, so that there is no trying again."""
+        try:
+            return self._collect(launched)
+        except FatalRunnerError:
+            raise
+        except Exception:
+            logger.exception("An engine step of %d requests failed.", len(launched.scheduled.requests))
+            return None
+
+    def _collect(self, launched: _Launched) -> StepOutput:
+        step = launched.scheduled.step
         output = self._runner.collect()
-        seconds = self._clock() - began
+        now = self._clock()
+        seconds = now - max(launched.began, self._collected)  # the device does one after the other
+        self._collected = now
         num_wanted = sum(chunk.samples for chunk in step.chunks)
         if not len(output.token_ids) == len(output.logprobs) == num_wanted:
             raise RuntimeError(f"the runner gave {len(output.token_ids)} tokens for {num_wanted} sequences")
@@ -203,7 +258,7 @@ class EngineCore:
         if len(output.prompt_logprobs) != num_wanted:
             raise RuntimeError(f"the runner scored {len(output.prompt_logprobs)} prompt tokens for {num_wanted}")
         if not output.num_encoded_images and not output.prompt_logprobs:  # they take time that is not a chunk's
-            self.scheduler.observe(step, seconds)
+            self.scheduler.pace.observe(step, seconds)
         return output
 
     def _count(self, scheduled: SchedulerOutput, computed: StepOutput) -> None:

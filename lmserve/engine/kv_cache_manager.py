@@ -56,7 +56,7 @@ class KVCacheManager:
         new = self._pool.allocate(num_new, after=shared[-1] if shared else None)
         assert new is not None
         request.block_table = shared + new
-        request.num_computed_tokens = len(shared) * self.block_size
+        request.num_computed_tokens = request.num_launched_tokens = len(shared) * self.block_size
         request.num_matched_blocks = 0
         for block_hash in request.block_hashes[len(shared) :]:
             self._pending.setdefault(block_hash, request)
@@ -64,7 +64,7 @@ class KVCacheManager:
 
     def grow(self, request: Request) -> bool:
         """Room for the newest token of a running request; False if there is no free block for it."""
-        if request.num_tokens <= len(request.block_table) * self.block_size:
+        if request.num_tokens + request.num_coming_tokens <= len(request.block_table) * self.block_size:
             return True
         new = self._pool.allocate(1, after=request.block_table[-1])
         if new is None:
@@ -88,7 +88,7 @@ class KVCacheManager:
             self._forget_pending(request, block_hash)
         self._pool.release(request.block_table)
         request.block_table = []
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_launched_tokens = 0
 
     def hash_full_blocks(self, request: Request) -> None:
         """Extends ``block_hashes`` to all full blocks of the request's tokens."""

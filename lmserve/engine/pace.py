@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import math
 
+from lmserve.runtime.interface import StepInput
+
 GRAIN = 8
 """Allowances are multiples of it, and at least one of it: few sizes, and a prompt always gets on."""
 MIN_DECODE_STEPS = 4
@@ -141,15 +143,29 @@ class StepCosts:
 
 
 class Pace:
-    """Sets the allowance of prompt tokens for each step of an engine whose steps compute ``budget`` tokens at most."""
+    """Sets the allowance of prompt tokens for each step of an engine whose steps compute ``budget`` tokens at most.
 
-    def __init__(self, factor: float, budget: int) -> None:
+    ``context_cost``: what a token of context adds to what computing a token takes, as a part of what it takes without.
+    """
+
+    def __init__(self, factor: float, budget: int, context_cost: float = 0.0) -> None:
         self.costs = StepCosts()
         self.pressure = 0.0
         self._factor = factor
         self._budget = budget
+        self._context_cost = context_cost
         self._num_trials = 0
         """Steps from which prompts were kept out, to see what decodes take."""
+
+    def work(self, num_tokens: int, context: float) -> float:
+        """So many tokens behind so many others, in tokens without context."""
+        return num_tokens * (1 + self._context_cost * context)
+
+    def observe(self, step: StepInput, seconds: float) -> None:
+        """A step has taken so long: what the sizes of the next ones are judged by."""
+        read = [chunk for chunk in step.chunks if not chunk.is_decode]
+        work = sum(self.work(chunk.num_tokens, chunk.start + chunk.num_tokens / 2) for chunk in read)
+        self.costs.observe(len(step.chunks) - len(read), work, seconds)
 
     def allowance(self, num_rows: int, num_prompts: int, token_work: float = 1.0) -> int:
         """Prompt tokens that the next step may read, if so many rows decode and so many prompts could be read, whose

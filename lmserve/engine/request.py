@@ -44,6 +44,12 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     """Leading tokens whose keys and values are in the cache."""
+    num_launched_tokens: int = 0
+    """The same, and those that a step on its way computes: where the next chunk begins."""
+    num_coming_tokens: int = 0
+    """Tokens that steps on their way sample, and that are to be computed in their turn."""
+    num_steps_in_flight: int = 0
+    """Steps on their way that it has a part in. It may have ended, or gone back to the queue, since."""
     num_prompt_logprobs: int = 0
     """Leading positions whose next prompt token's log-probability has been reported. A preemption keeps it."""
     num_cached_tokens: int | None = None
@@ -83,6 +89,17 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens known so far, prompt and output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that no step has been told to compute yet, those that are on their way to be known included."""
+        return self.num_tokens + self.num_coming_tokens - self.num_launched_tokens
+
+    def land(self, has_sampled: bool) -> None:
+        """A step that it had a part in is over, whatever came of it."""
+        self.num_steps_in_flight = max(0, self.num_steps_in_flight - 1)  # 0 where steps are never launched ahead
+        if has_sampled:
+            self.num_coming_tokens = max(0, self.num_coming_tokens - 1)
 
     @property
     def num_skippable_tokens(self) -> int:

@@ -47,9 +47,9 @@ from lmserve.engine.block_pool import IntegrityError
 from lmserve.engine.kv_cache_manager import KVCacheManager
 from lmserve.engine.pace import Pace
 from lmserve.engine.request import Request, RequestStatus
-from lmserve.engine.step_draft import SchedulerOutput, StepDraft, new_sequence
+from lmserve.engine.step_draft import SchedulerOutput, StepDraft, is_current, new_sequence
 from lmserve.outputs import FinishReason, RequestOutput, TokenLogprobs
-from lmserve.runtime.interface import RunnerInfo, StepInput, StepOutput
+from lmserve.runtime.interface import RunnerInfo, StepOutput
 
 MAX_PROMPT_LOGPROBS = 256
 LONG_SHARE = 4
@@ -94,7 +94,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, kv: KVCacheManager) -> None:
         self.kv = kv
-        self.pace = Pace(config.mixed_step_factor, config.max_num_batched_tokens)
+        self.pace = Pace(config.mixed_step_factor, config.max_num_batched_tokens, config.context_cost)
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self.num_paused = 0
@@ -102,7 +102,6 @@ class Scheduler:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_num_short_tokens = config.max_num_batched_tokens - config.max_num_batched_tokens // LONG_SHARE
         self._max_num_prompt_logprobs = config.max_num_prompt_logprobs
-        self._context_cost = config.context_cost
         self._whole_images = config.whole_images
         self._max_tokens = min(config.max_model_len, kv.max_tokens)
         self._waiting: list[Request] = []
@@ -122,7 +121,10 @@ class Scheduler:
         insort(self._waiting, request, key=_rank)
 
     def schedule(self) -> SchedulerOutput:
-        """Decides the next step. Its tokens count as computed only once ``update`` hears of them."""
+        """Decides the next step. Its tokens count as computed only once ``update`` hears of them.
+
+        The step before may still be on its way, if ``advance`` has been told of it.
+        """
         draft = StepDraft(self._max_num_batched_tokens, self._max_num_prompt_logprobs)
         self._decode(draft)
         decoding = list(draft.chunks)
@@ -135,19 +137,46 @@ class Scheduler:
                 request.num_hold_ups += 1
         return draft.finish()
 
+    def advance(self, scheduled: SchedulerOutput) -> None:
+        """The step is on its way, and the next one is decided before ``update`` (or ``lose``) hears of it.
+
+        A sequence whose length alone will end it has no part in the next one.
+        """
+        for request, chunk in scheduled.pairs:
+            request.num_steps_in_flight += 1
+            request.num_launched_tokens = chunk.start + chunk.num_tokens
+            if chunk.samples and not self._is_full(request, request.num_coming_tokens + 1):
+                request.num_coming_tokens += 1
+
+    def lose(self, scheduled: SchedulerOutput) -> list[Request]:
+        """A step that was on its way has failed; those who lack what it computed. The others never needed it."""
+        for request, chunk in scheduled.pairs:
+            request.land(chunk.samples)
+        return [request for request, chunk in scheduled.pairs if is_current(request, chunk)]
+
     def update(self, scheduled: SchedulerOutput, output: StepOutput) -> list[RequestOutput]:
-        """Takes note of a computed step; its news."""
+        """Takes note of a computed step; its news.
+
+        A request that has ended since gets nothing more. One that went back to the queue has its token, and will
+        compute again what it has lost.
+        """
         outputs: list[RequestOutput] = []
         sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
         scored = iter(output.prompt_logprobs)
-        for request, chunk in zip(scheduled.requests, scheduled.step.chunks, strict=True):
-            request.num_computed_tokens = chunk.start + chunk.num_tokens
-            self.kv.register_computed(request, chunk.start)
+        for request, chunk in scheduled.pairs:
+            request.land(chunk.samples)
             prompt_logprobs = tuple(islice(scored, len(chunk.prompt_logprobs)))
+            token = next(sampled) if chunk.samples else None
+            if request.status is RequestStatus.FINISHED:
+                continue
+            if is_current(request, chunk):
+                request.num_computed_tokens = chunk.start + chunk.num_tokens
+                request.num_launched_tokens = max(request.num_launched_tokens, request.num_computed_tokens)
+                self.kv.register_computed(request, chunk.start)
             request.num_prompt_logprobs += len(prompt_logprobs)
             news = None
-            if chunk.samples:
-                news = self._append(request, *next(sampled))
+            if token is not None:
+                news = self._append(request, *token)
             elif request.num_computed_tokens == request.num_tokens:
                 news = self.finish(request, FinishReason.LENGTH)  # max_tokens is 0
             if prompt_logprobs:
@@ -155,16 +184,6 @@ class Scheduler:
             if news is not None:
                 outputs.append(news)
         return outputs
-
-    def observe(self, step: StepInput, seconds: float) -> None:
-        """A step has taken so long: what the sizes of the next ones are judged by."""
-        num_rows, work = 0, 0.0
-        for chunk in step.chunks:
-            if chunk.is_decode:
-                num_rows += 1
-            else:
-                work += chunk.num_tokens * (1 + self._context_cost * (chunk.start + chunk.num_tokens / 2))
-        self.pace.costs.observe(num_rows, work, seconds)
 
     def pause(self, request: Request) -> None:
         """Puts a request off until it is resumed. Others get its blocks and its slot; its place in the queue stays.
@@ -201,8 +220,7 @@ class Scheduler:
 
     def remaining(self, scheduled: SchedulerOutput) -> SchedulerOutput:
         """The step without the requests that run no more. The runner is told the others anew."""
-        pairs = zip(scheduled.requests, scheduled.step.chunks, strict=True)
-        kept = [pair for pair in pairs if pair[0].status is RequestStatus.RUNNING]
+        kept = [pair for pair in scheduled.pairs if pair[0].status is RequestStatus.RUNNING]
         return SchedulerOutput.of(kept, [new_sequence(request) for request, _ in kept])
 
     def check_integrity(self) -> None:
@@ -218,15 +236,15 @@ class Scheduler:
         for request in list(self._running):
             if draft.is_full:
                 break
-            if request.num_tokens - request.num_computed_tokens == 1 and self._has_room(request):
+            if request.num_left == 1 and self._has_room(request):
                 draft.give(request, 1, whole_images=self._whole_images)
         draft.may_admit = self.num_preemptions == num_preemptions
 
     def _limit_prompts(self, decoding: list[Request], draft: StepDraft) -> int:
         """Leaves for prompts what ``Pace`` allows, which is returned, or all there is."""
         could_start = min(self.num_waiting, len(self._free_slots))
-        reading = [request for request in self._running if request not in draft.chunks]
-        token_work = 1 + self._context_cost * max((request.num_computed_tokens for request in reading), default=0)
+        reading = [request for request in self._running if request.num_left and request not in draft.chunks]
+        token_work = self.pace.work(1, max((request.num_launched_tokens for request in reading), default=0))
         allowance = self.pace.allowance(len(decoding), len(reading) + could_start, token_work)
         if allowance < draft.num_tokens:
             first = reading[0] if reading else self._next_waiting() if could_start else None
@@ -242,19 +260,19 @@ class Scheduler:
 
         Of a long prompt not even the end is: behind so many tokens its steps are the longest.
         """
-        if first.num_tokens - first.num_computed_tokens <= allowance:
+        if first.num_left <= allowance:
             return False
         if any(request.num_hold_ups >= MAX_HOLD_UPS for request in decoding):
             return False
         num_cached = first.num_cached_tokens
         if num_cached is None:
             num_cached = first.num_tokens - self.kv.num_missing_tokens(first)
-        work = (first.num_tokens - num_cached) * (1 + self._context_cost * num_cached)
+        work = self.pace.work(first.num_tokens - num_cached, num_cached)
         return work <= SOON * self._max_num_batched_tokens
 
     def _read_prompts(self, draft: StepDraft) -> None:
         """Chunks of prompts, running and waiting, level by level of priority."""
-        running = [request for request in self._running if request not in draft.chunks]
+        running = [request for request in self._running if request.num_left and request not in draft.chunks]
         waiting = [request for request in self._waiting if not request.is_paused] if draft.may_admit else []
         for _, level in groupby(merge(running, waiting, key=_rank), key=attrgetter("priority")):
             if draft.is_full:
@@ -281,8 +299,7 @@ class Scheduler:
 
     def _is_long(self, request: Request) -> bool:
         """Whether what is left of its prompt is more than what a step has for those who come after a long one."""
-        num_left = request.num_tokens - request.num_computed_tokens
-        if num_left <= self._max_num_short_tokens:
+        if request.num_left <= self._max_num_short_tokens:
             return False
         return request.slot is not None or self.kv.num_missing_tokens(request) > self._max_num_short_tokens
 
@@ -299,6 +316,9 @@ class Scheduler:
             return False
         if request.sampling.prompt_logprobs is not None and draft.num_prompt_logprobs == 0:
             return False  # all its choices: the others would compute the prompt that the first is to compute
+        if request.num_steps_in_flight:  # it was put off since, and a token of it is not known yet
+            draft.may_admit = False
+            return False
         if not self._free_slots or not self.kv.admit(request, num_spare=len(self._running)):
             draft.may_admit = False
             return False
@@ -333,12 +353,14 @@ class Scheduler:
         return _output(request, (token_id,), () if logprobs is None else (logprobs,), reason)
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        num_output, sampling = len(request.output_token_ids), request.sampling
-        if token_id in request.end_token_ids and num_output > sampling.min_tokens:
+        if token_id in request.end_token_ids and len(request.output_token_ids) > request.sampling.min_tokens:
             return FinishReason.STOP
-        if num_output >= sampling.max_tokens or request.num_tokens >= self._max_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self._is_full(request) else None
+
+    def _is_full(self, request: Request, num_more: int = 0) -> bool:
+        """Whether it may have no token beyond those it has and ``num_more``."""
+        num_output = len(request.output_token_ids) + num_more
+        return num_output >= request.sampling.max_tokens or request.num_tokens + num_more >= self._max_tokens
 
     def _end(self, request: Request) -> None:
         if request.status is RequestStatus.RUNNING:

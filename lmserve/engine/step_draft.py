@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lmserve.engine.request import Request
@@ -15,6 +15,10 @@ class SchedulerOutput:
 
     requests: list[Request]
     step: StepInput
+
+    @property
+    def pairs(self) -> Iterator[tuple[Request, ScheduledChunk]]:
+        return zip(self.requests, self.step.chunks, strict=True)
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[Request, ScheduledChunk]], new_sequences: list[NewSequence]) -> SchedulerOutput:
@@ -50,7 +54,7 @@ class StepDraft:
         if before is not None:
             self._take(before, -1)
             most += before.num_tokens
-        start = request.num_computed_tokens
+        start = request.num_launched_tokens
         end = start + self._fitting(request, min(most, self.num_tokens))
         if whole_images:
             end = request.end_of_whole_images(start, end)
@@ -65,8 +69,8 @@ class StepDraft:
 
     def _fitting(self, request: Request, most: int) -> int:
         """How many tokens of a request fit, by its need and the rows that are left; ``most`` at the most."""
-        start = request.num_computed_tokens
-        num_tokens = min(most, request.num_tokens - start)
+        start = request.num_launched_tokens
+        num_tokens = min(most, request.num_left)
         unreported = request.unreported(start, start + num_tokens)
         if len(unreported) > self.num_prompt_logprobs:
             return unreported[self.num_prompt_logprobs] - start
@@ -77,11 +81,16 @@ class StepDraft:
         self.num_prompt_logprobs -= sign * len(chunk.prompt_logprobs)
 
 
+def is_current(request: Request, chunk: ScheduledChunk) -> bool:
+    """Whether the request still has the blocks that the chunk is written to. Each time it starts it has a new list."""
+    return request.block_table is chunk.block_table
+
+
 def make_chunk(request: Request, end: int) -> ScheduledChunk:
     """What is not computed yet of a running request's tokens, up to ``end``."""
     assert request.slot is not None
-    start = request.num_computed_tokens
-    samples = end == request.num_tokens and request.sampling.max_tokens > 0
+    start = request.num_launched_tokens
+    samples = end - start == request.num_left and request.sampling.max_tokens > 0
     return ScheduledChunk(
         request.slot, start, end - start, request.block_table, samples, request.unreported(start, end)
     )

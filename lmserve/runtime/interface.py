@@ -47,6 +47,9 @@ class RunnerInfo:
     """Slots."""
     max_num_batched_tokens: int
     """Tokens that one step may compute."""
+    launches_ahead: bool = False
+    """Whether a step may be launched before the one before it is collected, and gains by it: the device computes while
+    the host is busy with what came out last."""
     context_cost: float = 0.0
     """What a token of context adds to what computing a token takes, as a part of what it takes without context."""
     task: Task = "generate"
@@ -197,8 +200,9 @@ class SequenceFailed(Exception):
 class ModelRunner(Protocol):
     """One model on its device.
 
-    ``launch`` starts a step and may return before it is computed; ``collect`` waits for it. At most one step is in
-    flight. ``SequenceFailed`` comes from ``launch`` and means that the step may be tried again without one sequence,
+    ``launch`` starts a step and may return before it is computed; ``collect`` waits for the oldest that is in flight.
+    There are at most two, and never more than one unless ``info.launches_ahead``. Steps are computed in the order of
+    their launches, so that a slot or a block may have another owner in the next one. ``SequenceFailed`` comes from ``launch`` and means that the step may be tried again without one sequence,
     the others told anew. Any other exception than ``FatalRunnerError`` means that this step's sequences are lost and
     nothing else.
     """

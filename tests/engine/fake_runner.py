@@ -80,6 +80,7 @@ def make_info(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 32,
     images: ImageReading = "none",
+    launches_ahead: bool = False,
 ) -> RunnerInfo:
     """What the fake model says of itself."""
     return RunnerInfo(
@@ -98,6 +99,7 @@ def make_info(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         images=images,
+        launches_ahead=launches_ahead,
     )
 
 
@@ -105,6 +107,8 @@ def make_info(
 class _Sequence:
     new: NewSequence
     token_ids: list[int]
+    is_lost: bool = False
+    """A step that it was in will fail when it is collected; the engine cannot know it yet."""
     digests: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,8 +125,17 @@ class _Sequence:
         return next_token(self.digests[-1], sampling, self.new.choice, ends, num_output)
 
 
+@dataclass
+class _Flight:
+    """A step that is computed and not collected, or will fail at its collection."""
+
+    step: StepInput
+    output: StepOutput
+    error: Exception | None = None
+
+
 class FakeRunner:
-    """Implements ``ModelRunner``, and fails when ``faults`` says so.
+    """Implements ``ModelRunner``, and fails when ``faults`` says so. Launching ahead, it holds two steps.
 
     Raises:
         BadStep: the engine asked for something that a real runner would get wrong.
@@ -136,7 +149,7 @@ class FakeRunner:
         self._faults = faults or {}
         self._content = [GARBAGE] * (info.num_blocks * info.block_size)
         self._sequences: dict[int, _Sequence] = {}
-        self._in_flight: StepInput | None = None
+        self._in_flight: list[_Flight] = []
         self.vocabulary: TokenizerText | None = None
         self.prepared_grammars: set[str] = set()
         self.num_idle_times = 0
@@ -156,8 +169,7 @@ class FakeRunner:
         self.prepared_grammars.add(grammar)
 
     def launch(self, step: StepInput) -> None:
-        if self._in_flight is not None:
-            raise BadStep("two steps at a time")
+        _check(len(self._in_flight) < 1 + self.info.launches_ahead, "too many steps at a time")
         attempt, self.num_attempts = self.num_attempts, self.num_attempts + 1
         moment, error = self._faults.get(attempt, (None, RuntimeError()))
         self._check_shape(step)
@@ -178,16 +190,23 @@ class FakeRunner:
         if moment == "written":
             self._lose(step)
             raise error
-        self._in_flight = step
+        self._in_flight.append(_Flight(step, self._compute(step), None if moment is None else error))
+        if moment is not None:
+            for chunk in step.chunks:
+                self._sequences[chunk.slot].is_lost = True
 
     def collect(self) -> StepOutput:
-        step, self._in_flight = self._in_flight, None
-        if step is None:
-            raise BadStep("nothing was launched")
-        moment, error = self._faults.get(self.num_attempts - 1, (None, RuntimeError()))
-        if moment is not None:
-            self._lose(step)
-            raise error
+        _check(bool(self._in_flight), "nothing was launched")
+        flight = self._in_flight.pop(0)
+        if flight.error is not None:
+            if not self._in_flight:
+                self._lose(flight.step)
+            raise flight.error
+        self.steps.append(flight.step)
+        return flight.output
+
+    def _compute(self, step: StepInput) -> StepOutput:
+        """As the device does: in the order of the launches, before anything of it is known."""
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         prompt_logprobs: list[TokenLogprobs] = []
@@ -199,7 +218,6 @@ class FakeRunner:
                 sequence.append(token_ids[-1])
                 wanted = sequence.new.sampling.logprobs is not None
                 logprobs.append(TokenLogprobs(-float(token_ids[-1]), ()) if wanted else None)
-        self.steps.append(step)
         return StepOutput(token_ids, logprobs, prompt_logprobs)
 
     def _lose(self, step: StepInput) -> None:
@@ -258,6 +276,8 @@ class FakeRunner:
             _check(position + 1 < sequence.new.num_prompt_tokens, "a prompt log-probability beyond the prompt")
         asked = sequence.new.sampling.prompt_logprobs is not None and sequence.new.choice == 0
         _check(asked or not chunk.prompt_logprobs, "prompt log-probabilities that nobody asked for")
+        if sequence.is_lost:
+            return
         found = [self._content[self._where(chunk, position)] for position in range(chunk.start)]
         _check(found == sequence.digests[1 : chunk.start + 1], f"slot {chunk.slot} reads what is not its own")
 

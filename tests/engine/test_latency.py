@@ -333,7 +333,7 @@ def test_what_a_prompt_token_takes_is_learnt_apart_from_its_context() -> None:
         chunks = [chunk for chunk in scheduled.step.chunks if not chunk.is_decode]
         work = sum(chunk.num_tokens * (1 + 0.001 * (chunk.start + chunk.num_tokens / 2)) for chunk in chunks)
         seconds = 0.020 + 0.000_2 * work
-        scheduler.observe(scheduled.step, seconds)
+        scheduler.pace.observe(scheduled.step, seconds)
         num_samples = sum(chunk.samples for chunk in scheduled.step.chunks)
         scheduler.update(scheduled, StepOutput([30] * num_samples, [None] * num_samples))
         if chunks:

@@ -94,12 +94,14 @@ class WatchedScheduler(Scheduler):
         num_prompt_tokens = scheduled.step.num_tokens - self.watched_pace.num_rows
         if num_prompt_tokens < self._num_for_prompts:
             owed = [request.num_prompt_logprobs < request.num_prompt_logprobs_wanted for request in self._running]
-            served = {r for r, owes in zip(self._running, owed, strict=True) if not (owes and no_rows_left)}
+            lacking = zip(self._running, owed, strict=True)
+            served = {r for r, owes in lacking if r.num_left and not (owes and no_rows_left)}
             assert served <= set(scheduled.requests), "budget is left, and somebody gets nothing"
         elif num_prompt_tokens > self._num_for_prompts:
             assert self._whole_images, "more than a mixed step may read"
             assert num_prompt_tokens - scheduled.step.chunks[-1].num_tokens < self._num_for_prompts
-        assert scheduled.requests or not (self._running or self.num_waiting), "there is work, and nobody gets on"
+        in_flight = any(r.num_steps_in_flight for r in [*self._running, *self._waiting])
+        assert scheduled.requests or in_flight or not (self._running or self.num_waiting), "nobody gets on"
         self._check_the_first_reader(scheduled)
         return scheduled
 
@@ -114,12 +116,12 @@ class WatchedScheduler(Scheduler):
         """Whatever comes after it, it gets its share of what the decodes have left."""
         pairs = list(zip(scheduled.requests, scheduled.step.chunks, strict=True))
         new = {sequence.slot for sequence in scheduled.step.new_sequences}
-        readers = [r for r in self._running if r.num_tokens - r.num_computed_tokens > 1 or r.slot in new]
+        readers = [r for r in self._running if r.num_left > 1 or r.slot in new]
         if not readers or not self._num_for_prompts:
             return
         first = readers[0]
         [chunk] = [chunk for request, chunk in pairs if request is first]
-        due = min(first.num_tokens - first.num_computed_tokens, max(1, self._num_for_prompts // LONG_SHARE))
+        due = min(first.num_left, max(1, self._num_for_prompts // LONG_SHARE))
         cut = bool(first.images) or len(chunk.prompt_logprobs) == self._max_num_prompt_logprobs
         assert chunk.num_tokens >= due or cut
 
@@ -240,10 +242,15 @@ def check_results(
 @pytest.mark.slow
 @settings(max_examples=2_000, deadline=None)
 @given(
-    st.randoms(use_true_random=False), st.integers(1, 8), st.booleans(), st.integers(0, 3), st.sampled_from(READINGS)
+    st.randoms(use_true_random=False),
+    st.integers(1, 8),
+    st.booleans(),
+    st.integers(0, 3),
+    st.sampled_from(READINGS),
+    st.booleans(),
 )
 def test_small_lives(
-    rng: random.Random, num_requests: int, prefix_caching: bool, num_faults: int, images: ImageReading
+    rng: random.Random, num_requests: int, prefix_caching: bool, num_faults: int, images: ImageReading, ahead: bool
 ) -> None:
     """Short enough to be read when hypothesis has found one that fails."""
     info = make_info(
@@ -253,6 +260,7 @@ def test_small_lives(
         max_num_seqs=rng.randint(1, 5),
         max_num_batched_tokens=rng.randint(1, 20),
         images=images,
+        launches_ahead=ahead,
     )
     live(rng, info, num_requests, make_faults(rng, num_faults), prefix_caching=prefix_caching)
 
@@ -260,8 +268,9 @@ def test_small_lives(
 @pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize("num_faults", [0, 12])
 @pytest.mark.parametrize("images", READINGS)
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize("seed", range(6))
-def test_long_lives(seed: int, images: ImageReading, num_faults: int, prefix_caching: bool) -> None:
+def test_long_lives(seed: int, ahead: bool, images: ImageReading, num_faults: int, prefix_caching: bool) -> None:
     rng = random.Random(seed)
     info = make_info(
         num_blocks=rng.randint(12, 30),
@@ -270,5 +279,6 @@ def test_long_lives(seed: int, images: ImageReading, num_faults: int, prefix_cac
         max_num_seqs=rng.randint(6, 16),
         max_num_batched_tokens=rng.randint(8, 48),
         images=images,
+        launches_ahead=ahead,
     )
     assert live(rng, info, 150, make_faults(rng, num_faults), prefix_caching=prefix_caching) > 0, "it was too easy"
