@@ -202,9 +202,10 @@ class ModelRunner(Protocol):
 
     ``launch`` starts a step and may return before it is computed; ``collect`` waits for the oldest that is in flight.
     There are at most two, and never more than one unless ``info.launches_ahead``. Steps are computed in the order of
-    their launches, so that a slot or a block may have another owner in the next one. ``SequenceFailed`` comes from ``launch`` and means that the step may be tried again without one sequence,
-    the others told anew. Any other exception than ``FatalRunnerError`` means that this step's sequences are lost and
-    nothing else.
+    their launches, so that a slot or a block may have another owner in the next one.
+
+    ``SequenceFailed`` comes from ``launch`` and means that the step may be tried again without one sequence, the others
+    told anew. Any other exception than ``FatalRunnerError`` means that this step's sequences are lost and nothing else.
     """
 
     @property

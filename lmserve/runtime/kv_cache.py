@@ -46,10 +46,10 @@ class KVCache:
         self._memory: list[NDArray[np.uint8]] = []
         """Of the pools, on a CPU: the operating system's own zero pages, which take memory once they are written to."""
         if layout.device.type == "cpu":
-            self._memory = pieces([math.prod(shape) * layout.dtype.itemsize for shape in wanted])
-            flat = [torch.from_numpy(raw).view(layout.dtype) for raw in self._memory]
+            self._memory = pieces([math.prod(shape) * layout.pool_dtype.itemsize for shape in wanted])
+            flat = [torch.from_numpy(raw).view(layout.pool_dtype) for raw in self._memory]
         else:
-            flat = [torch.zeros(math.prod(shape), device=layout.device, dtype=layout.dtype) for shape in wanted]
+            flat = [torch.zeros(math.prod(shape), device=layout.device, dtype=layout.pool_dtype) for shape in wanted]
         self._num_ready = [0] * len(self._memory)
         """Bytes of each pool whose memory is there."""
         pools = (numbers.view(shape) for numbers, shape in zip(flat, wanted, strict=True))

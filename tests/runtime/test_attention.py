@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmserve.runtime.attention import BACKENDS, backend_class
+from lmserve.runtime.attention import BACKENDS, NEEDS, backend_class, best_for
 from lmserve.runtime.attention.base import AttentionBackend, CacheLayout, LayerCache, LayerOptions, Span
 from lmserve.runtime.attention.sdpa import bucket_length
 
@@ -220,6 +220,35 @@ def test_a_plan_for_decodes_reads_what_its_tensors_hold_later(name: str, options
         found = backend.attend(*padded, case.cache, plan, options)
         assert found.isfinite().all()
         torch.testing.assert_close(found[:num_rows].double(), expected(case, options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if backend_class(name, "cpu").keeps_fp8])
+def test_keys_and_values_in_8_bits(name: str, dtype: torch.dtype) -> None:
+    case = make_case(((11, 1), (64, 1), (3, 9)), dtype=dtype)
+    size = (NUM_BLOCKS + 1) * BLOCK_SIZE, 2, 16
+    cache = LayerCache(*(torch.zeros(size).to(torch.float8_e4m3fn) for _ in range(2)), k_scale=0.5, v_scale=0.02)
+    backend = make_backend(name, dtype)
+    rounded = []
+    for span, (k, v) in zip(case.spans, case.sequences, strict=True):
+        positions = torch.arange(span.kv_len)
+        slots = torch.tensor(span.block_table)[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        make_backend("reference", dtype).write(k, v, cache, slots)
+        scaled = ((k, cache.k_scale), (v, cache.v_scale))
+        kept_k, kept_v = ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale for x, scale in scaled)
+        rounded.append((kept_k, kept_v))
+    for options in (OPTIONS["plain"], OPTIONS["window, softcap and sinks"]):
+        found = backend.attend(case.q, case.k, case.v, cache, backend.plan(case.spans), options)
+        wanted = expected(Case(case.q, case.k, case.v, cache, case.spans, rounded), options)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+        assert not torch.allclose(found.double(), expected(case, options), rtol=1e-3, atol=1e-3), "nothing was rounded"
+
+
+def test_the_best_backend_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (best_for("cpu"), best_for("mps"), best_for("cuda")) == ("cpu", "sdpa", "triton")
+    monkeypatch.setitem(NEEDS, "triton", "a_package_that_is_not_there")
+    assert best_for("cuda") == "sdpa"
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -30,6 +30,13 @@ class CacheLayout:
     num_blocks: int
     device: torch.device
     dtype: torch.dtype
+    """The model's."""
+    cache_dtype: torch.dtype | None = None
+    """In which keys and values are kept; None: the model's."""
+
+    @property
+    def pool_dtype(self) -> torch.dtype:
+        return self.cache_dtype or self.dtype
 
     @property
     def scratch_block(self) -> int:
@@ -44,10 +51,15 @@ class CacheLayout:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """The paged K and V of one attention layer, one row a token: (num_slots, kv heads, head size)."""
+    """The paged K and V of one attention layer, one row a token: (num_slots, kv heads, head size).
+
+    A row holds its token's keys and values divided by the scales, in the pools' own number format.
+    """
 
     k: Tensor
     v: Tensor
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +88,8 @@ class AttentionBackend(ABC):
     """
 
     name: ClassVar[str]
+    keeps_fp8: ClassVar[bool] = False
+    """Whether keys and values may lie in the cache as float8_e4m3fn, with scales."""
     reads_device_lengths: ClassVar[bool] = False
     """Whether it has ``plan_decode``, so that a step can be captured once and run again with other lengths."""
 

@@ -31,7 +31,16 @@ class ReferenceBackend(AttentionBackend):
     """Every other backend is held to this one."""
 
     name: ClassVar[str] = "reference"
+    keeps_fp8: ClassVar[bool] = True
     reads_device_lengths: ClassVar[bool] = True
+
+    def write(self, k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+        for pool, new, scale in ((cache.k, k, cache.k_scale), (cache.v, v, cache.v_scale)):
+            if pool.dtype == new.dtype:
+                pool.index_copy_(0, slot_mapping, new)
+            else:  # torch copies no rows of 8-bit floats, but of bytes
+                stored = (new.float() / scale).to(pool.dtype)
+                pool.view(torch.uint8).index_copy_(0, slot_mapping, stored.view(torch.uint8))
 
     def plan_decode(self, tables: Tensor, table_rows: Tensor, kv_lens: Tensor) -> DecodePlan:
         return DecodePlan(tables, table_rows, kv_lens)
@@ -58,8 +67,8 @@ class ReferenceBackend(AttentionBackend):
             q_positions = k_positions[span.kv_len - span.q_len :]
             out[rows] = dense_attention(
                 q[rows].transpose(0, 1)[None],
-                cache.k[cache_rows].transpose(0, 1)[None],
-                cache.v[cache_rows].transpose(0, 1)[None],
+                _read(cache.k, cache.k_scale, cache_rows).transpose(0, 1)[None],
+                _read(cache.v, cache.v_scale, cache_rows).transpose(0, 1)[None],
                 visible(q_positions, k_positions, options.window, span.images),
                 options,
             )[0].transpose(0, 1)
@@ -75,7 +84,8 @@ class ReferenceBackend(AttentionBackend):
         keep = positions < ends.clamp_min(1)  # padding sees something, for a softmax of nothing is no number
         if options.window is not None:
             keep &= positions >= ends - options.window
-        keys, values = (pool[slots].transpose(1, 2) for pool in (cache.k, cache.v))
+        scaled = ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+        keys, values = (_read(pool, scale, slots).transpose(1, 2) for pool, scale in scaled)
         return dense_attention(q[:, :, None], keys, values, keep[:, None, None], options)[:, :, 0]
 
     def _cache_rows(self, span: Span) -> Tensor:
@@ -83,3 +93,10 @@ class ReferenceBackend(AttentionBackend):
         slots = torch.tensor(span.block_table, device=device)[:, None] * block_size
         slots = slots + torch.arange(block_size, device=device)
         return slots.flatten()[: span.kv_len]
+
+
+def _read(pool: Tensor, scale: float, rows: Tensor) -> Tensor:
+    """Rows of a pool, in float32 if they are kept in less than the model's format."""
+    if pool.dtype.itemsize > 1:
+        return pool[rows]
+    return pool.view(torch.uint8)[rows].view(pool.dtype).float() * scale
