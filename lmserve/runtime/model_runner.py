@@ -1,10 +1,11 @@
-"""One model on its device: a ``StepInput`` becomes one packed forward and one token for each row that asked.
+"""One model on its device: a ``StepInput`` becomes one forward and one token for each row that asked.
 
 The log-probabilities of prompts are rows of the same forward, behind those that are sampled.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,39 +18,54 @@ from torch import Tensor
 from lmserve.grammar.mask import GrammarMasks
 from lmserve.grammar.tokenizer_text import TokenizerText
 from lmserve.outputs import TokenLogprobs
-from lmserve.runtime.attention.base import Span
+from lmserve.runtime.attention.base import AttentionBackend
+from lmserve.runtime.decode_step import DecodeSteps
+from lmserve.runtime.graphs import Graphs
 from lmserve.runtime.interface import (
     FatalRunnerError,
     NewSequence,
     RunnerInfo,
     ScheduledChunk,
-    SequenceFailed,
     StepInput,
     StepOutput,
 )
 from lmserve.runtime.logprobs import RankedLogprobs, rank_logprobs
-from lmserve.runtime.packed_lane import PackedBatch, PackedLane, StepProgram
-from lmserve.runtime.sampler import SampledTokens, Sampler
-from lmserve.runtime.sampling_state import SamplingState
-from lmserve.runtime.vision.layout import ImageRows, PromptLayout, PromptReader
+from lmserve.runtime.packed_lane import PackedLane, StepProgram
+from lmserve.runtime.packing import StepPacker, alone
+from lmserve.runtime.sampler import SampledTokens, Sampler, with_logprobs
+from lmserve.runtime.sampling_state import Need, SamplingFlags, SamplingState
+from lmserve.runtime.transfer import Moment, SideStream, fetch, send_list
+from lmserve.runtime.vision.layout import PromptReader
+
+MAX_IN_FLIGHT = 2
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What is on its way to the host."""
+@dataclass(slots=True)
+class _Flight:
+    """A step whose results are on their way to the host, and what has to be known of its slots to read them: they may
+    have other owners by then."""
 
-    chunks: list[ScheduledChunk]
-    sampled: SampledTokens
+    token_ids: Tensor
+    """On the host once ``arrived`` has come, as the others."""
+    logprobs: RankedLogprobs | None
     scored: RankedLogprobs | None
     """Of the chunks' prompt tokens, in the order of ``_prompt_positions``; None if nobody asked."""
+    arrived: Moment
+    owners: list[tuple[int, int]]
+    """Of each sampled row: its slot, and which of the slot's owners it is."""
+    num_logprobs: list[int | None]
+    num_top_of_prompt: list[int]
+    num_encoded: int
+    tokens: list[int] | None = None
+    """Known, and told to the grammars; None: not yet."""
 
 
 class PackedModelRunner:
     """Implements ``lmserve.runtime.interface.ModelRunner`` for the packed lane.
 
-    Owns what a slot remembers between steps: the known tokens on the host (to feed prompt chunks) and, on the device,
-    the token sampled last and the sampling state. A sampled token is fed to the next step without passing through the
-    host.
+    Owns what a slot remembers between steps. A sampled token is fed to the next step without passing through the host,
+    so that a step can be launched before the last one is collected. Only a row with a grammar needs to know the last
+    token on the host, and not before its mask is made, while the model computes.
     """
 
     def __init__(
@@ -60,22 +76,19 @@ class PackedModelRunner:
         info: RunnerInfo,
         images: PromptReader | None = None,
     ):
+        self.info = info
         self._lane = lane
         self._images = images
-        self._layouts: list[PromptLayout | None] = [None] * info.max_num_seqs
-        self._num_position_rows = 4 if images is not None and images.has_rotary_grid else 1
         self._sampler = sampler
         self._state = state
-        self.info = info
-        self._device = lane.model.device
-        self._scratch_slot = info.num_blocks * info.block_size
-        self._known_tokens: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * info.max_num_seqs
-        self._num_top_of_prompt = [0] * info.max_num_seqs
-        self._last_tokens = torch.zeros(info.max_num_seqs, dtype=torch.int64, device=self._device)
+        self._device = state.device
+        self._packer = StepPacker(info, state.last_tokens, images)
         self._masks = GrammarMasks(max_num_seqs=info.max_num_seqs, vocab_size=info.vocab_size)
-        self._num_used_slots = 0
-        """Of the KV cache, up to the last that was ever written."""
-        self._in_flight: _Step | None = None
+        self._mask_stream = SideStream(self._device)
+        self._decode_steps: DecodeSteps | None = None
+        self._num_top_of_prompt = [0] * info.max_num_seqs
+        self._num_owners = [0] * info.max_num_seqs
+        self._flights: deque[_Flight] = deque()
         self._num_encoded = 0
 
     @property
@@ -84,34 +97,33 @@ class PackedModelRunner:
         return self._lane.program
 
     @torch.inference_mode()
+    def use_graphs(self, backend: AttentionBackend, graphs: Graphs) -> None:
+        """From now on steps that only decode are captured. ``backend``: the lane's, which reads lengths on the device.
+
+        Comes before the first step.
+        """
+        grid = self._packer.has_rotary_grid
+        steps = DecodeSteps(self._lane, backend, self._sampler, self._state, self.info, graphs, has_rotary_grid=grid)
+        self._decode_steps = steps
+
+    @torch.inference_mode()
     def launch(self, step: StepInput) -> None:
         """Starts a step. On CUDA it returns while the device computes."""
-        assert self._in_flight is None, "one step at a time"
-        for sequence in step.new_sequences:
-            self._take_slot(sequence)
-        batch = self._pack(step.chunks)
-        self._masks.start([chunk.slot for chunk in step.chunks if chunk.samples])  # while the model computes
-        try:
-            logits = self._lane.forward(batch)
-        except torch.AcceleratorError as error:
-            raise FatalRunnerError(str(error)) from error
-        finally:
-            masks = self._masks.wait()
-        sampled = self._sample(step.chunks, logits, masks)
-        scored = self._score(step.chunks, logits)
-        self._in_flight = _Step(step.chunks, sampled, scored)
+        assert len(self._flights) < MAX_IN_FLIGHT, "collect comes first"
+        with _fatal_if_the_device_fails():
+            for sequence in step.new_sequences:
+                self._take_slot(sequence)
+            self._flights.append(self._launch(step.chunks))
 
     @torch.inference_mode()
     def collect(self) -> StepOutput:
-        """Waits for the step and brings its tokens to the host."""
-        assert self._in_flight is not None, "launch comes first"
-        step, self._in_flight = self._in_flight, None
-        logprobs = self._logprobs(step.chunks, step.sampled)
-        prompt_logprobs = self._prompt_logprobs(step)
-        token_ids: list[int] = step.sampled.token_ids.tolist()
-        for chunk, token_id in zip((chunk for chunk in step.chunks if chunk.samples), token_ids, strict=True):
-            self._masks.accept(chunk.slot, token_id)
-        return StepOutput(token_ids, logprobs, prompt_logprobs, self._newly_encoded())
+        """Waits for the oldest step in flight and brings its tokens to the host."""
+        assert self._flights, "launch comes first"
+        flight = self._flights.popleft()
+        with _fatal_if_the_device_fails():
+            token_ids = self._settle(flight)
+        prompt_logprobs = [] if flight.scored is None else flight.scored.to_host(flight.num_top_of_prompt)
+        return StepOutput(token_ids, _logprobs(flight), prompt_logprobs, flight.num_encoded)
 
     def use_vocabulary(self, text: TokenizerText) -> None:
         """As the protocol says."""
@@ -121,150 +133,133 @@ class PackedModelRunner:
         """As the protocol says."""
         self._masks.prepare(grammar)
 
+    @torch.inference_mode()
     def use_idle_time(self) -> bool:
         """As the protocol says."""
-        return self._lane.get_ready(self._num_used_slots)
-
-    def _newly_encoded(self) -> int:
-        """Images since it was asked last, those of attempts that failed included."""
-        before, self._num_encoded = self._num_encoded, 0 if self._images is None else self._images.encoder.num_encoded
-        return self._num_encoded - before
+        if self._lane.get_ready(self._packer.num_used_slots):
+            return True
+        with _fatal_if_the_device_fails():
+            return self._decode_steps is not None and not self._flights and self._decode_steps.capture_next()
 
     def _take_slot(self, sequence: NewSequence) -> None:
-        self._known_tokens[sequence.slot] = np.array(sequence.token_ids, dtype=np.int64)
-        self._num_top_of_prompt[sequence.slot] = sequence.sampling.prompt_logprobs or 0
-        self._layouts[sequence.slot] = None
-        if sequence.images:
-            assert self._images is not None, "the engine has refused images"
-            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
-            with _alone(sequence.slot):
-                self._layouts[sequence.slot] = self._images.read(prompt, sequence.images)
-        with _alone(sequence.slot):
-            self._masks.begin(sequence.slot, sequence.grammar, sequence.token_ids[sequence.num_prompt_tokens :])
+        slot, prompt = sequence.slot, sequence.token_ids[: sequence.num_prompt_tokens]
+        output = sequence.token_ids[sequence.num_prompt_tokens :]
+        self._num_owners[slot] += 1
+        self._num_top_of_prompt[slot] = sequence.sampling.prompt_logprobs or 0
+        if self._decode_steps is not None:
+            self._decode_steps.tables.forget(slot)
+        self._packer.take_slot(sequence)
+        with alone(slot):
+            self._masks.begin(slot, sequence.grammar, output)
+        has_grammar = bool(sequence.grammar)
         self._state.set_slot(
-            sequence.slot,
-            sequence.sampling,
-            sequence.choice,
-            sequence.token_ids[: sequence.num_prompt_tokens],
-            sequence.token_ids[sequence.num_prompt_tokens :],
-            sequence.eos_token_ids,
-            has_grammar=bool(sequence.grammar),
+            slot, sequence.sampling, sequence.choice, prompt, output, sequence.eos_token_ids, has_grammar=has_grammar
         )
 
-    def _pack(self, chunks: list[ScheduledChunk]) -> PackedBatch:
-        """The chunks side by side, padded to ``min_rows`` with rows that write to scratch and attend to nothing."""
-        block_size = self.info.block_size
-        num_rows = max(self._lane.min_rows, sum(chunk.num_tokens for chunk in chunks))
-        ids = np.zeros(num_rows, np.int64)
-        positions = np.zeros((self._num_position_rows, num_rows), np.int64)
-        slots = np.full(num_rows, self._scratch_slot, np.int64)
-        spans, logits_rows, prompt_rows = [], [], []
-        device_rows, device_slots = [], []
-        images = ImageRows()
-        row = 0
-        for chunk in chunks:
-            end_row, end = row + chunk.num_tokens, chunk.start + chunk.num_tokens
-            known = self._known_tokens[chunk.slot]
-            if chunk.start < known.size:
-                ids[row:end_row] = known[chunk.start : end]
-            else:
-                device_rows.append(row)
-                device_slots.append(chunk.slot)
-            if chunk.num_tokens == 1:
-                positions[:, row] = chunk.start
-                slots[row] = chunk.block_table[chunk.start // block_size] * block_size + chunk.start % block_size
-            else:
-                where = np.arange(chunk.start, end)
-                table = np.array(chunk.block_table[: -(-end // block_size)], np.int64)
-                positions[:, row:end_row] = where
-                slots[row:end_row] = table[where // block_size] * block_size + where % block_size
-            layout = self._layouts[chunk.slot]
-            if layout is not None:
-                self._pack_images(layout, chunk, row, positions, images)
-            runs = () if layout is None else layout.runs
-            spans.append(Span(row, chunk.num_tokens, end, chunk.block_table, runs))
-            if chunk.samples:
-                logits_rows.append(end_row - 1)
-            prompt_rows += [row + position - chunk.start for position in chunk.prompt_logprobs]
-            row = end_row
-        self._num_used_slots = max(self._num_used_slots, int(slots[:row].max(initial=-1)) + 1)
-        logits_rows += prompt_rows
-        logits_rows += [0] * (self._lane.min_rows - len(logits_rows))
-        input_ids = self._to_device(ids)
-        if device_rows:
-            last = self._last_tokens.index_select(0, self._index(device_slots))
-            input_ids.index_copy_(0, self._index(device_rows), last)
-        return PackedBatch(
-            input_ids,
-            self._to_device(positions if len(positions) > 1 else positions[0]),
-            self._to_device(slots),
-            self._index(logits_rows),
-            spans,
-            images if images.rows else None,
-        )
-
-    def _pack_images(
-        self, layout: PromptLayout, chunk: ScheduledChunk, row: int, positions: NDArray[np.int64], found: ImageRows
-    ) -> None:
-        """A chunk of a sequence with images: its rotary positions, and what goes into the rows of ``found``."""
-        assert self._images is not None
-        end = chunk.start + chunk.num_tokens
-        if layout.positions is not None:
-            positions[1:, row : row + chunk.num_tokens] = layout.rotary_positions(chunk.start, end)
-        with _alone(chunk.slot):
-            layout.add_rows(found, self._images.encoder.encode, row, chunk.start, end)
-
-    def _sample(self, chunks: list[ScheduledChunk], logits: Tensor, masks: NDArray[np.int32] | None) -> SampledTokens:
+    def _launch(self, chunks: list[ScheduledChunk]) -> _Flight:
         sampling = [chunk for chunk in chunks if chunk.samples]
         slots = [chunk.slot for chunk in sampling]
-        slots_tensor = self._index(slots)
-        positions = self._index([chunk.start + chunk.num_tokens for chunk in sampling])
-        grammar_mask = None if masks is None else torch.from_numpy(masks).to(self._device, non_blocking=True)
         flags = self._state.flags(slots)
-        sampled = self._sampler(logits[: len(slots)], slots_tensor, positions, flags, grammar_mask)
-        self._last_tokens.index_copy_(0, slots_tensor, sampled.token_ids)
-        return sampled
+        if not self._flights:
+            self._masks.start(slots)  # while the model computes
+        try:
+            logits, is_captured = self._forward(chunks, flags)
+            if self._flights and Need.GRAMMAR in flags.union:
+                self._settle(self._flights[0])  # while the device computes
+                self._masks.start(slots)
+        finally:
+            masks = self._masks.wait()
+        sampled = self._draw(logits[: len(slots)], flags) if is_captured else None
+        if sampled is None:
+            sampled = self._sample(sampling, logits, flags, masks)
+        return self._fetch(chunks, flags, sampled, self._score(chunks, logits))
+
+    def _forward(self, chunks: list[ScheduledChunk], flags: SamplingFlags) -> tuple[Tensor, bool]:
+        """The rows' logits, and whether a graph has computed them."""
+        if self._decode_steps is not None:
+            rows = self._packer.decode_rows(chunks)
+            logits = None if rows is None else self._decode_steps.forward(rows, flags)
+            if logits is not None:
+                return logits, True
+        return self._lane.forward(self._packer.pack(chunks, self._lane.min_rows)), False
+
+    def _draw(self, logits: Tensor, flags: SamplingFlags) -> SampledTokens | None:
+        """From a graph; None if there is none that does it."""
+        assert self._decode_steps is not None
+        token_ids = self._decode_steps.draw(len(logits))
+        return None if token_ids is None else with_logprobs(token_ids, logits, flags)
+
+    def _sample(
+        self,
+        sampling: list[ScheduledChunk],
+        logits: Tensor,
+        flags: SamplingFlags,
+        masks: NDArray[np.int32] | None,
+    ) -> SampledTokens:
+        slots = send_list([chunk.slot for chunk in sampling], torch.int64, self._device)
+        ends = [chunk.start + chunk.num_tokens for chunk in sampling]
+        positions = send_list(ends, torch.int64, self._device)
+        grammar_mask = None if masks is None else self._mask_stream.send(masks)
+        return self._sampler(logits[: len(sampling)], slots, positions, flags, grammar_mask)
 
     def _score(self, chunks: list[ScheduledChunk], logits: Tensor) -> RankedLogprobs | None:
         """The log-probabilities of the prompt tokens that the chunks ask for; their rows follow the sampled ones."""
-        token_ids = [int(self._known_tokens[slot][position + 1]) for slot, position in _prompt_positions(chunks)]
+        token_ids = [self._packer.token(slot, position + 1) for slot, position in _prompt_positions(chunks)]
         if not token_ids:
             return None
         first_row = sum(chunk.samples for chunk in chunks)
         rows = torch.arange(first_row, first_row + len(token_ids), device=self._device)
-        return rank_logprobs(logits, rows, self._index(token_ids))
+        return rank_logprobs(logits, rows, send_list(token_ids, torch.int64, self._device))
 
-    def _logprobs(self, chunks: list[ScheduledChunk], sampled: SampledTokens) -> list[TokenLogprobs | None]:
-        wanted = [self._state.num_logprobs(chunk.slot) for chunk in chunks if chunk.samples]
-        if sampled.logprobs is None:
-            return [None] * len(wanted)
-        logprobs = sampled.logprobs.to_host([count or 0 for count in wanted])
-        return [None if count is None else entry for count, entry in zip(wanted, logprobs, strict=True)]
+    def _fetch(
+        self,
+        chunks: list[ScheduledChunk],
+        flags: SamplingFlags,
+        sampled: SampledTokens,
+        scored: RankedLogprobs | None,
+    ) -> _Flight:
+        slots = [chunk.slot for chunk in chunks if chunk.samples]
+        results = fetch(sampled.token_ids), _fetch_logprobs(sampled.logprobs), _fetch_logprobs(scored)
+        before, self._num_encoded = self._num_encoded, 0 if self._images is None else self._images.encoder.num_encoded
+        return _Flight(
+            *results,
+            Moment(self._device),
+            owners=[(slot, self._num_owners[slot]) for slot in slots],
+            num_logprobs=[self._state.num_logprobs(slot) for slot in slots],
+            num_top_of_prompt=[self._num_top_of_prompt[slot] for slot, _ in _prompt_positions(chunks)],
+            num_encoded=self._num_encoded - before,  # since the last launch, those of attempts that failed included
+        )
 
-    def _prompt_logprobs(self, step: _Step) -> list[TokenLogprobs]:
-        if step.scored is None:
-            return []
-        return step.scored.to_host([self._num_top_of_prompt[slot] for slot, _ in _prompt_positions(step.chunks)])
-
-    def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-    def _to_device(self, array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+    def _settle(self, flight: _Flight) -> list[int]:
+        """The step's tokens, when they have arrived. The grammars hear of them, but for those that are gone."""
+        if flight.tokens is None:
+            flight.arrived.wait()
+            flight.tokens = flight.token_ids.tolist()
+            for (slot, owner), token_id in zip(flight.owners, flight.tokens, strict=True):
+                if owner == self._num_owners[slot]:
+                    self._masks.accept(slot, token_id)
+        return flight.tokens
 
 
 @contextmanager
-def _alone(slot: int) -> Iterator[None]:
-    """What goes wrong with an image or a grammar goes wrong for its own sequence.
-
-    An image's file is gone if its request has just been cancelled.
-    """
+def _fatal_if_the_device_fails() -> Iterator[None]:
     try:
         yield
-    except torch.AcceleratorError:
-        raise
-    except Exception as error:
-        raise SequenceFailed(slot) from error
+    except torch.AcceleratorError as error:
+        raise FatalRunnerError(str(error)) from error
+
+
+def _fetch_logprobs(ranked: RankedLogprobs | None) -> RankedLogprobs | None:
+    if ranked is None:
+        return None
+    return RankedLogprobs(fetch(ranked.chosen), fetch(ranked.top_ids), fetch(ranked.top))
+
+
+def _logprobs(flight: _Flight) -> list[TokenLogprobs | None]:
+    if flight.logprobs is None:
+        return [None] * len(flight.num_logprobs)
+    entries = flight.logprobs.to_host([count or 0 for count in flight.num_logprobs])
+    return [None if count is None else entry for count, entry in zip(flight.num_logprobs, entries, strict=True)]
 
 
 def _prompt_positions(chunks: list[ScheduledChunk]) -> Iterator[tuple[int, int]]:

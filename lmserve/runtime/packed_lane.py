@@ -6,13 +6,15 @@ cache and lets the backend attend over each sequence's blocks. The name is not r
 that no mask is built. Layers are told apart by the attention module itself and their shapes are learnt from one probe
 forward, so there is no per-model code. It was found to give the stock logits in about half of all causal model types;
 ``self_check.py`` says whether a given model is one of them.
+
+Where torch compiles the model, and on CUDA, all of it that touches the cache is one operation (``attention_op.py``).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lmserve.runtime.attention.base import AttentionBackend, LayerOptions, Span
+from lmserve.runtime.attention.base import AttentionBackend, LayerCache, LayerOptions, Span
+from lmserve.runtime.attention_op import attending, give_handle, paged_attention
 from lmserve.runtime.kv_cache import KVCache, LayerShape
 from lmserve.runtime.vision.layout import ImageRows
 
@@ -57,6 +60,18 @@ class StepProgram(Protocol):
     def run(self, ids: Tensor, positions: Tensor, slots: Tensor, kept: Tensor, spans: Sequence[Span]) -> Tensor: ...
 
 
+class CompiledParts(Protocol):
+    """Parts of the lane's model that run compiled for its own attention (``lmserve.runtime.compiled``)."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """While it lasts, the model runs as it is written."""
+        ...
+
+    def remove(self) -> None:
+        """From now on it does."""
+        ...
+
+
 Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor, float, int | None, float | None, Tensor | None], Tensor]
 """Takes the attention's module, query, key, value, scaling, window, softcap and sinks."""
 
@@ -68,7 +83,13 @@ class PackedLane:
         self.model: Any = model
         self.program: StepProgram | None = None
         """Runs the steps that it takes, all but those with images."""
+        self.compiled: CompiledParts | None = None
         self.shapes: dict[int, LayerShape] = {}
+        """By the id of the attention module, in the order of their first call."""
+        self._layers: dict[int, int] = {}
+        """By the same: the place in that order, which is the module's handle."""
+        self._caches: list[LayerCache] = []
+        """In that order."""
         self._cache: KVCache | None = None
         self._backend: AttentionBackend | None = None
         self._plan: Any = None
@@ -89,7 +110,8 @@ class PackedLane:
         """The model as transformers made it, for comparison."""
         self._set_implementation(self._stock)
         try:
-            yield
+            with self._as_written():
+                yield
         finally:
             self._set_implementation(self._name)
 
@@ -99,7 +121,8 @@ class PackedLane:
         self._set_implementation(self._name)
         self._watcher = watcher
         try:
-            yield
+            with self._as_written():
+                yield
         finally:
             self._watcher = None
 
@@ -118,6 +141,19 @@ class PackedLane:
             raise UnsupportedModel("its attention does not go through transformers' attention interface")
         return self.shapes
 
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the attached cache has room for."""
+        assert self._backend is not None, "attach comes first"
+        return self._backend.layout.num_blocks * self._backend.layout.block_size
+
+    def run_as_written(self) -> None:
+        """Gives up what runs the model in another way than its own code says."""
+        self.program = None
+        if self.compiled is not None:
+            self.compiled.remove()
+            self.compiled = None
+
     def get_ready(self, num_used: int) -> bool:
         """See ``KVCache.get_ready``."""
         return self._cache is not None and self._cache.get_ready(num_used)
@@ -125,6 +161,7 @@ class PackedLane:
     def attach(self, cache: KVCache, backend: AttentionBackend) -> None:
         """Gives the lane its memory and its kernels; ``forward`` works from here on."""
         self._cache, self._backend = cache, backend
+        self._caches = [cache.layers[layer] for layer in self.shapes]
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """(R, vocab) logits in the model's dtype, valid until the next call."""
@@ -133,11 +170,35 @@ class PackedLane:
         program = self.program if batch.images is None else None
         if program is not None and program.takes(len(batch.input_ids), len(batch.logits_rows), num_position_rows):
             return program.run(batch.input_ids, batch.positions, batch.slot_mapping, batch.logits_rows, batch.spans)
-        self._plan = self._backend.plan(batch.spans)
-        self._slot_mapping = batch.slot_mapping
-        positions = batch.positions[None] if batch.positions.dim() == 1 else batch.positions[:, None]
+        plan, inputs = self._backend.plan(batch.spans), self._inputs(batch)
+        return self._forward_planned(inputs, batch.positions, batch.slot_mapping, batch.logits_rows, plan)
+
+    def forward_planned(
+        self, input_ids: Tensor, positions: Tensor, slot_mapping: Tensor, logits_rows: Tensor, plan: Any
+    ) -> Tensor:
+        """``forward`` of text, by the model itself, with the backend's plan. The tensors are as in ``PackedBatch``."""
+        return self._forward_planned({"input_ids": input_ids[None]}, positions, slot_mapping, logits_rows, plan)
+
+    def rehearse(self, num_tokens: int, num_position_rows: int = 1) -> None:
+        """A forward of one prompt by the model itself, in the cache's first blocks, which are overwritten; of fewer
+        tokens if the cache has no room for so many."""
+        assert self._backend is not None, "attach comes first"
+        layout = self._backend.layout
+        num_tokens = min(num_tokens, layout.num_blocks * layout.block_size)
+        where = torch.arange(num_tokens, device=layout.device)
+        table = list(range(-(-num_tokens // layout.block_size)))
+        plan = self._backend.plan([Span(0, num_tokens, num_tokens, table)])
+        positions = where if num_position_rows == 1 else where.expand(num_position_rows, -1)
+        self.forward_planned(torch.zeros_like(where), positions, where, where[-MIN_ROWS:], plan)
+
+    def _forward_planned(
+        self, inputs: dict[str, Tensor], positions: Tensor, slot_mapping: Tensor, logits_rows: Tensor, plan: Any
+    ) -> Tensor:
+        self._plan, self._slot_mapping = plan, slot_mapping
         try:
-            return self._forward(self._inputs(batch), positions, batch.logits_rows)
+            with attending(self):
+                positions = positions[None] if positions.dim() == 1 else positions[:, None]
+                return self._forward(inputs, positions, logits_rows)
         finally:
             self._plan = self._slot_mapping = None
             self._deep = {}
@@ -188,19 +249,31 @@ class PackedLane:
         """query (1, heads, T, Dk), key and value (1, kv heads, T, D) -> ((1, T, heads, Dv), None): their contract."""
         self._refuse_unknown(attention_mask, arguments)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        layer = id(module)
         scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+        if torch.compiler.is_dynamo_compiling():
+            options = LayerOptions(scaling, sliding_window, softcap, s_aux)
+            return paged_attention(module, q, k, v, options)[None], None
         if self._watcher is not None:
             return self._watcher(module, query, key, value, scaling, sliding_window, softcap, s_aux), None
         if self._cache is None:
-            self.shapes[layer] = LayerShape(k.shape[1], k.shape[2], v.shape[2])
+            give_handle(module, self._layers.setdefault(id(module), len(self._layers)))
+            self.shapes[id(module)] = LayerShape(k.shape[1], k.shape[2], v.shape[2])
             return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
+        options = LayerOptions(scaling, sliding_window, softcap, s_aux)
+        if query.is_cuda:
+            return paged_attention(module, q, k, v, options)[None], None
+        return self.attend_layer(self._layers[id(module)], q, k, v, options)[None], None
+
+    def attend_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: LayerOptions) -> Tensor:
+        """See ``attention_op.PagedStep``."""
         assert self._backend is not None
         assert self._slot_mapping is not None
-        cache = self._cache.layers[layer]
+        cache = self._caches[layer]
         self._backend.write(k, v, cache, self._slot_mapping)
-        options = LayerOptions(scaling, sliding_window, softcap, s_aux)
-        return self._backend.attend(q, k, v, cache, self._plan, options)[None], None
+        return self._backend.attend(q, k, v, cache, self._plan, options)
+
+    def _as_written(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.compiled is None else self.compiled.paused()
 
     @staticmethod
     def _refuse_unknown(attention_mask: Tensor | None, arguments: dict[str, Any]) -> None:

@@ -13,10 +13,12 @@ from lmserve.runtime import filters
 from lmserve.runtime.logprobs import RankedLogprobs, rank_logprobs
 from lmserve.runtime.noise import noise_bits, row_keys, token_keys, unit_exponential
 from lmserve.runtime.sampling_state import Need, RowParams, SamplingFlags, SamplingState
+from lmserve.runtime.transfer import send_list
 
 _CHUNK_ELEMENTS_CPU = 1 << 19  # a chunk's buffers stay in the last-level cache
 _CHUNK_ELEMENTS = 1 << 24  # elsewhere launches count, and the buffers' memory
-_ADJUSTMENTS = Need.BIAS | Need.MIN_TOKENS | Need.COUNTS | Need.SEEN
+_FILTERS = Need.MIN_P | Need.TOP_K | Need.TOP_P_OF_K | Need.TOP_P
+_SMALLEST_TOP_K = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,15 @@ class SampledTokens:
 
     token_ids: Tensor
     logprobs: RankedLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DrawKind:
+    """What ``Sampler.draw`` does for all of its rows, whether they ask for it or not."""
+
+    needs: Need = Need.NONE
+    max_top_k: int = 0
+    """A power of two, or the vocabulary's size, so that there are few kinds."""
 
 
 class Sampler:
@@ -85,16 +96,47 @@ class Sampler:
             grammar_mask: (rows, ceil(vocab / 32)) int32; bit i % 32 of word i // 32 allows token i. All bits are set in
                 the rows that do not need ``GRAMMAR``.
         """
+        if not flags.needs:
+            return SampledTokens(torch.empty(0, dtype=torch.int64, device=logits.device))
         rows = _Rows(logits, slots, positions, grammar_mask)
         order = sorted(range(len(flags.needs)), key=lambda row: flags.needs[row] & ~Need.LOGPROBS)
         if order == list(range(len(order))):
             token_ids = self._sample(rows, flags)
         else:
-            index = torch.tensor(order).to(logits.device, non_blocking=True)
+            index = send_list(order, torch.int64, logits.device)
             sampled = self._sample(rows.select(index), flags.select(order))
             token_ids = torch.empty_like(sampled).index_copy_(0, index, sampled)
         self._state.record(slots, token_ids, flags.union)
-        return _with_logprobs(token_ids, logits, [i for i, needs in enumerate(flags.needs) if Need.LOGPROBS in needs])
+        return with_logprobs(token_ids, logits, flags)
+
+    def kind(self, flags: SamplingFlags) -> DrawKind | None:
+        """The work that ``draw`` has to do for such rows; None if one of them asks for what it does not do."""
+        needs = flags.union & ~Need.LOGPROBS
+        if needs & ~(Need.SAMPLE | _FILTERS):
+            return None
+        top_k = max(flags.top_k, default=0)
+        if Need.TOP_K in needs:
+            top_k = min(max(_SMALLEST_TOP_K, 1 << (top_k - 1).bit_length()), self._state.vocab_size)
+        return DrawKind(needs, top_k)
+
+    def draw(self, logits: Tensor, slots: Tensor, positions: Tensor, kind: DrawKind) -> Tensor:
+        """(rows,) int64: the tokens that a call gives for the same rows, found without knowing on the host what each of
+        them asks for, so that it can be captured. Takes note of them. Rows of padding may be among them."""
+        rows = _Rows(logits, slots, positions, None)
+        starts = range(0, len(slots), self._chunk_rows)
+        token_ids = torch.cat([self._draw_chunk(rows.cut(start, start + self._chunk_rows), kind) for start in starts])
+        self._state.record(slots, token_ids, kind.needs)
+        return token_ids
+
+    def _draw_chunk(self, rows: _Rows, kind: DrawKind) -> Tensor:
+        logits, probs = self._buffers[:, : rows.slots.shape[0]].unbind(0)
+        logits.copy_(rows.logits)
+        greedy = self._first_largest(logits, -math.inf, scratch=probs)
+        if Need.SAMPLE not in kind.needs:
+            return greedy
+        params = self._state.params(rows.slots)
+        drawn = self._race(logits, probs, rows, params, kind.needs, kind.max_top_k)
+        return torch.where(params.draws[:, 0] > 0, drawn, greedy)
 
     def _sample(self, rows: _Rows, flags: SamplingFlags) -> Tensor:
         """(rows,) int64. Rows with like needs stand together: a chunk does what any of its rows asks for."""
@@ -125,11 +167,21 @@ class Sampler:
         self._adjust(logits, rows, params, needs)
         if Need.SAMPLE not in needs:
             return self._first_largest(logits, -math.inf, scratch=probs)
+        return self._race(logits, probs, rows, params, needs, max_top_k)
+
+    def _race(
+        self, logits: Tensor, probs: Tensor, rows: _Rows, params: RowParams, needs: Need, max_top_k: int
+    ) -> Tensor:
+        """From temperature to token; both buffers are overwritten."""
         # The largest logit becomes 0 first, so that no temperature, however small, can overflow.
         logits.sub_(logits.amax(-1, keepdim=True)).div_(params.temperature)
         torch.softmax(logits, -1, out=probs)
         _filter(probs, params, needs, max_top_k, scratch=logits)
-        return self._draw(probs, rows, scratch=logits)
+        keys = row_keys(self._state.request_keys.index_select(0, rows.slots), rows.positions)
+        bits = self._bits[: rows.slots.shape[0]]
+        noise_bits(keys, self._token_keys, out=bits, scratch=logits.view(torch.int32))
+        race = torch.div(probs, unit_exponential(bits, out=logits), out=logits)
+        return self._first_largest(race, 0.0, scratch=probs)
 
     def _adjust(self, logits: Tensor, rows: _Rows, params: RowParams, needs: Need) -> None:
         """Bias, penalties and masks, in place."""
@@ -159,13 +211,6 @@ class Sampler:
         """
         values = self._byte_values.index_select(0, mask.contiguous().view(torch.uint8).flatten().to(torch.int64))
         return values.view(mask.shape[0], -1)[:, : self._state.vocab_size]
-
-    def _draw(self, probs: Tensor, rows: _Rows, *, scratch: Tensor) -> Tensor:
-        keys = row_keys(self._state.request_keys.index_select(0, rows.slots), rows.positions)
-        bits = self._bits[: rows.slots.shape[0]]
-        noise_bits(keys, self._token_keys, out=bits, scratch=scratch.view(torch.int32))
-        race = torch.div(probs, unit_exponential(bits, out=scratch), out=scratch)
-        return self._first_largest(race, 0.0, scratch=probs)
 
     def _first_largest(self, values: Tensor, floor: float, *, scratch: Tensor) -> Tensor:
         """(rows,) int64: the lowest token id with the row's largest value, -1 unless that is above ``floor``.
@@ -218,11 +263,12 @@ def _filter(probs: Tensor, params: RowParams, needs: Need, max_top_k: int, *, sc
         keep(filters.top_p_threshold(probs, params.top_p))
 
 
-def _with_logprobs(token_ids: Tensor, logits: Tensor, rows: list[int]) -> SampledTokens:
+def with_logprobs(token_ids: Tensor, logits: Tensor, flags: SamplingFlags) -> SampledTokens:
     """Adds the log-probabilities of the rows that want them."""
+    rows = [row for row, needs in enumerate(flags.needs) if Need.LOGPROBS in needs]
     if not rows:
         return SampledTokens(token_ids)
-    index = torch.tensor(rows).to(logits.device, non_blocking=True)
+    index = send_list(rows, torch.int64, logits.device)
     ranked = rank_logprobs(logits, index, token_ids.index_select(0, index))
 
     def spread(part: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmserve.runtime.noise import request_key
+from lmserve.runtime.transfer import send_list
 from lmserve.sampling_params import SamplingParams
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -73,6 +74,8 @@ class RowParams:
     """int64; the vocabulary's size is off."""
     first_end_position: Tensor
     """int64; where the sequence may end for the first time (``min_tokens``)."""
+    draws: Tensor
+    """int64; 0 where the row is greedy, else 1."""
 
 
 class SamplingState:
@@ -82,8 +85,11 @@ class SamplingState:
     launches; ``record`` runs inside one and never waits for the device. The matrices over the vocabulary and the padded
     lists are made when a request first asks for them: most servers never see one.
 
+    Behind the slots' rows there is one more of each parameter, for rows that pad a step: it is greedy.
+
     Attributes:
-        request_keys: (slots, 2) int32, the hash of seed and choice.
+        last_tokens: (slots + 1,) int64, the token sampled last; -1 where nothing could be drawn.
+        request_keys: (slots + 1, 2) int32, the hash of seed and choice.
         bias: what ``logit_bias`` adds.
         ends: minus infinity for the tokens that ``min_tokens`` holds back.
         counts: (slots, vocab) float32, how often each token was generated; None until asked for.
@@ -95,9 +101,11 @@ class SamplingState:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         # One tensor of each type, so that a new owner costs three copies and not eleven.
-        self._floats = torch.ones(7, max_num_seqs, device=self.device)
-        self._ints = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=self.device)
-        self.request_keys = torch.zeros(max_num_seqs, 2, dtype=torch.int32, device=self.device)
+        self._floats = torch.ones(7, max_num_seqs + 1, device=self.device)
+        self._ints = torch.zeros(3, max_num_seqs + 1, dtype=torch.int64, device=self.device)
+        self._ints[0].fill_(vocab_size)  # top_k
+        self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
+        self.request_keys = torch.zeros(max_num_seqs + 1, 2, dtype=torch.int32, device=self.device)
         self.bias = TokenValues(max_num_seqs, self.device)
         self.ends = TokenValues(max_num_seqs, self.device)
         self.counts: Tensor | None = None
@@ -127,9 +135,10 @@ class SamplingState:
         self._num_logprobs[slot] = sampling.logprobs
         first_end = len(prompt_token_ids) + sampling.min_tokens if Need.MIN_TOKENS in needs else 0
         ends = {*sampling.stop_token_ids, *eos_token_ids} if Need.MIN_TOKENS in needs else ()
-        self._floats[:, slot].copy_(self._tensor(_float_row(sampling), torch.float32))
-        self._ints[:, slot].copy_(self._tensor((self._top_k[slot] or self.vocab_size, first_end), torch.int64))
-        self.request_keys[slot].copy_(self._tensor(request_key(sampling.seed, choice), torch.int32))
+        ints = (self._top_k[slot] or self.vocab_size, first_end, Need.SAMPLE in needs)
+        self._floats[:, slot].copy_(send_list(_float_row(sampling), torch.float32, self.device))
+        self._ints[:, slot].copy_(send_list(ints, torch.int64, self.device))
+        self.request_keys[slot].copy_(send_list(request_key(sampling.seed, choice), torch.int32, self.device))
         self.bias.set(slot, self._known(sampling.logit_bias))
         self.ends.set(slot, self._known([(token_id, -math.inf) for token_id in ends]))
         self._remember(slot, needs, prompt_token_ids, output_token_ids)
@@ -150,13 +159,14 @@ class SamplingState:
     def record(self, slots: Tensor, token_ids: Tensor, needs: Need) -> None:
         """Takes note of sampled tokens.
 
-        Slots that do not ask are written too: their rows are rebuilt before anybody reads them.
+        Slots that do not ask for penalties are counted too: their rows are rebuilt before anybody reads them.
 
         Args:
-            slots: (rows,) int64, each at most once.
+            slots: (rows,) int64, each at most once but for padding's.
             token_ids: (rows,) int64; -1 counts as token 0.
             needs: of all rows together.
         """
+        self.last_tokens.index_copy_(0, slots, token_ids)
         if not needs & (Need.COUNTS | Need.SEEN):
             return
         where = slots * self.vocab_size + token_ids.clamp_min(0)
@@ -170,18 +180,16 @@ class SamplingState:
         if Need.COUNTS in needs:
             if self.counts is None:
                 self.counts = torch.zeros(shape, device=self.device)
-            ids = self._tensor(output, torch.int64)
+            ids = send_list(output, torch.int64, self.device)
             self.counts[slot].zero_().index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
         if Need.SEEN in needs:
             if self.seen is None:
                 self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            self.seen[slot].zero_().index_fill_(0, self._tensor((*prompt, *output), torch.int64), True)
+            ids = send_list((*prompt, *output), torch.int64, self.device)
+            self.seen[slot].zero_().index_fill_(0, ids, True)
 
     def _known(self, values: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         return [(token_id, value) for token_id, value in values if 0 <= token_id < self.vocab_size]
-
-    def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
 
 
 class TokenValues:
@@ -205,8 +213,9 @@ class TokenValues:
         length = self.ids.shape[1]
         if length > 0:
             padded = [*pairs, *[(0, 0.0)] * (length - len(pairs))]
-            self.ids[slot].copy_(torch.tensor([token_id for token_id, _ in padded], dtype=torch.int64))
-            self.values[slot].copy_(torch.tensor([value for _, value in padded], dtype=torch.float32))
+            ids, values = zip(*padded, strict=True)
+            self.ids[slot].copy_(send_list(ids, torch.int64, self.ids.device))
+            self.values[slot].copy_(send_list(values, torch.float32, self.ids.device))
 
 
 def _float_row(sampling: SamplingParams) -> tuple[float, ...]:

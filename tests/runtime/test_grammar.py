@@ -51,7 +51,7 @@ def model() -> Any:
     return build_tiny("llama", vocab_size=len(tokenizer()))
 
 
-def make_engine(*, num_blocks: int = 2000, max_batched_tokens: int = 512) -> EngineCore:
+def make_engine(*, num_blocks: int = 2000, max_batched_tokens: int = 512, **overrides: Any) -> EngineCore:
     memory = num_blocks * block_bytes(PackedLane(model()).probe(), BLOCK_SIZE, torch.float32)
     config = ModelConfig(
         model="tiny",
@@ -61,11 +61,16 @@ def make_engine(*, num_blocks: int = 2000, max_batched_tokens: int = 512) -> Eng
         max_num_seqs=24,
         max_num_batched_tokens=max_batched_tokens,
         self_check=False,
+        **overrides,
     )
     runner = assemble_runner(model(), config, torch.float32)
     engine = EngineCore(
         runner, SchedulerConfig(max_num_seqs=24, max_num_batched_tokens=max_batched_tokens, max_model_len=MAX_LEN)
     )
+    return with_vocabulary(engine)
+
+
+def with_vocabulary(engine: EngineCore) -> EngineCore:
     text = TokenizerText.of(tokenizer().backend_tokenizer.to_str(), [tokenizer().eos_token_id])
     engine.handle(UseVocabulary(text))
     return engine

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmserve.runtime.sampler import SampledTokens, Sampler
 from lmserve.runtime.sampling_state import SamplingState
+from tests.runtime.recorded_graph import reason_to_wait
 from tests.runtime.sampler_rows import MIXED, OUTPUT, VOCAB, give_slot, make_logits, make_sampler, sample
 
 # One row, whoever stands beside it
@@ -102,18 +103,13 @@ def test_choices_of_one_seed_differ_and_repeat() -> None:
 class NoHostSync(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
     """Raises at operations that read values back or whose result's shape depends on values."""
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "equal", "bincount")
     num_operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
         self.num_operations += 1
-        if any(forbidden in name for forbidden in self.FORBIDDEN):
-            raise AssertionError(f"{func} waits for the device")
-        if name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple)):
-            masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
-            if masks:
-                raise AssertionError(f"{func} by a mask: its shape waits for the device")
+        reason = reason_to_wait(func, args, kwargs or {})
+        if reason:
+            raise AssertionError(reason)
         return func(*args, **(kwargs or {}))
 
 
