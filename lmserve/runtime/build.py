@@ -16,11 +16,13 @@ from lmserve.errors import ModelLoadFailed
 from lmserve.images.job import ProcessorError
 from lmserve.images.processor import ImageProcessor
 from lmserve.runtime.attention import backend_class
-from lmserve.runtime.attention.base import CacheLayout
+from lmserve.runtime.attention.base import AttentionBackend, CacheLayout
+from lmserve.runtime.gpu import check_cache_format, compile_for_serving, rehearse, rework
+from lmserve.runtime.graphs import CudaGraphs
 from lmserve.runtime.interface import RunnerInfo
 from lmserve.runtime.kv_cache import KVCache, block_bytes
 from lmserve.runtime.loader import fingerprint, load_model, native_context_length, reads_images
-from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
+from lmserve.runtime.memory import CacheSize, size_cache, usable_bytes
 from lmserve.runtime.memory_plan import activation_bytes, num_batched_tokens, number_format, weight_bytes
 from lmserve.runtime.model_runner import PackedModelRunner
 from lmserve.runtime.native.build import build_program
@@ -30,7 +32,7 @@ from lmserve.runtime.native.sampling import first_largest
 from lmserve.runtime.native.trace import NotTraceable
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
 from lmserve.runtime.prepack import leave_the_files, prepack, tensors_but, tensors_of
-from lmserve.runtime.quantization import Quantization, quantize, quantize_by_torchao
+from lmserve.runtime.quantization import Quantization, quantize
 from lmserve.runtime.rope import pin_rope
 from lmserve.runtime.sampler import Sampler
 from lmserve.runtime.sampling_state import SamplingState
@@ -48,16 +50,24 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What was loaded, counted before any weight is brought into another layout."""
+    """Of a model: how many numbers, and the memory that they take."""
 
     num_parameters: int
     num_bytes: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Weights:
-        return cls(
-            sum(p.numel() for p in model.parameters()), sum(p.numel() * p.element_size() for p in model.parameters())
-        )
+        """As they are."""
+        numbers = [(p.numel(), p.element_size()) for p in model.parameters()]
+        return cls(sum(count for count, _ in numbers), sum(count * size for count, size in numbers))
+
+    @classmethod
+    def as_served(cls, model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype) -> Weights:
+        """As they will be."""
+        weights = cls.of(model)
+        if model.device.type != "cpu" and config.quantization == "none":
+            return weights
+        return replace(weights, num_bytes=weight_bytes(model, model.device, dtype, config.quantization))
 
 
 def build_runner(
@@ -88,19 +98,24 @@ def assemble_runner(
     reserved_bytes: int = 0,
 ) -> PackedModelRunner:
     """A runner around a model that is on its device. Raises as ``build_runner`` does."""
-    weights = Weights.of(model)
+    device, on_cpu = model.device, model.device.type == "cpu"
+    weights = Weights.as_served(model, config, dtype)
     kind: Quantization | None = None if config.quantization == "none" else config.quantization  # type: ignore[assignment]
-    if model.device.type == "cpu" or kind is not None:
-        weights = replace(weights, num_bytes=weight_bytes(model, model.device, dtype, config.quantization))
-    if model.device.type != "cpu" and kind is not None:
-        quantize_by_torchao(model, kind)
-    lane = PackedLane(model)
-    try:
-        shapes = lane.probe()
-    except UnsupportedModel as error:
-        raise ModelLoadFailed(f"{type(model).__name__} cannot be served: {error}") from error
-    progress("making the KV cache", READING_SHARE)
-    bytes_per_block = block_bytes(shapes, config.block_size, dtype)
+    backend_type = backend_class(config.attention_backend, device.type)
+    cache_dtype = check_cache_format(config, backend_type, device)
+    vocab_size = model.config.get_text_config().vocab_size
+    lane = _make_lane(model)
+    if not on_cpu:
+        progress("merging products", 0.8)
+        rework(lane, kind)
+    activations = activation_bytes(model, config, device, dtype)
+    if not on_cpu or cache_dtype is not None:
+        progress("trying the largest step", 0.82)
+        activations = rehearse(lane, config, dtype, backend_type, vocab_size)
+    if cache_dtype is not None:  # what 8 bits lose is not to be taken for a fault
+        _check_and_tell(lane, config, vocab_size, lane.num_slots, dtype, progress)
+    progress("making the KV cache", 0.84)
+    bytes_per_block = block_bytes(lane.shapes, config.block_size, cache_dtype or dtype)
     size = size_cache(
         block_bytes=bytes_per_block,
         block_size=config.block_size,
@@ -108,37 +123,67 @@ def assemble_runner(
         asked_len=config.max_model_len,
         native_len=native_context_length(model),
         max_num_seqs=config.max_num_seqs,
-        free=free_bytes(model.device) - reserved_bytes - activation_bytes(model, config, model.device, dtype),
-        device_type=model.device.type,
+        free=usable_bytes(device, config.gpu_memory_utilization) - reserved_bytes - activations,
+        device_type=device.type,
     )
     for sentence in pin_rope(model, size.max_model_len):
         progress(sentence, READING_SHARE)
-    layout = CacheLayout(config.block_size, size.num_blocks, model.device, dtype)
-    backend = backend_class(config.attention_backend, model.device.type)(layout)
-    cache = KVCache(shapes, layout)
+    layout = CacheLayout(config.block_size, size.num_blocks, device, dtype, cache_dtype)
+    backend = backend_type(layout)
+    cache = KVCache(lane.shapes, layout)
     getting_ready = _get_ready(cache)  # beside what is to be done with the weights, most of which keeps one core busy
     lane.attach(cache, backend)
-    vocab_size = model.config.get_text_config().vocab_size
-    if model.device.type == "cpu":
+    if on_cpu:
         progress("packing the weights", 0.85)
-        sentence = _bring_to_the_processor(lane, config, cache, layout, dtype, kind)
-        if sentence:
-            progress(sentence, 0.88)
-    if config.self_check:
-        progress("comparing with the stock forward", 0.9)
-        sentence = _check(lane, config, vocab_size, size.num_blocks * config.block_size, dtype)
-        if sentence:
-            progress(sentence, 0.9)
+        _tell(_bring_to_the_processor(lane, config, cache, layout, dtype, kind), progress)
+    elif device.type == "cuda":
+        progress("compiling the layers", 0.85)
+        _tell(compile_for_serving(lane, config), progress)
+    if cache_dtype is None:
+        _check_and_tell(lane, config, vocab_size, lane.num_slots, dtype, progress)
     images = _check_images(lane, config, size, dtype, progress) if reads_images(model.config) else ImageCheck("none")
     info = replace(
         _describe(lane, config, weights, size, backend.name, size.num_blocks * bytes_per_block),
         images=images.reading,
         no_images=images.reason,
     )
-    state = SamplingState(max_num_seqs=config.max_num_seqs, vocab_size=vocab_size, device=model.device)
-    sampler = Sampler(state, first_largest if lane.program is not None else None)
     getting_ready.join()
-    return PackedModelRunner(lane, sampler, state, info, images.reader)
+    return _make_runner(lane, backend, info, config, images)
+
+
+def _make_runner(
+    lane: PackedLane, backend: AttentionBackend, info: RunnerInfo, config: ModelConfig, images: ImageCheck
+) -> PackedModelRunner:
+    device = lane.model.device
+    state = SamplingState(max_num_seqs=info.max_num_seqs, vocab_size=info.vocab_size, device=device)
+    sampler = Sampler(state, first_largest if lane.program is not None else None)
+    runner = PackedModelRunner(lane, sampler, state, info, images.reader)
+    if config.cuda_graphs and device.type == "cuda" and backend.reads_device_lengths:
+        runner.use_graphs(backend, CudaGraphs(device))
+    return runner
+
+
+def _make_lane(model: PreTrainedModel) -> PackedLane:
+    """The lane, which has seen the model's layers."""
+    lane = PackedLane(model)
+    try:
+        lane.probe()
+    except UnsupportedModel as error:
+        raise ModelLoadFailed(f"{type(model).__name__} cannot be served: {error}") from error
+    return lane
+
+
+def _tell(sentence: str, progress: Progress) -> None:
+    if sentence:
+        progress(sentence, 0.88)
+
+
+def _check_and_tell(
+    lane: PackedLane, config: ModelConfig, vocab_size: int, num_slots: int, dtype: torch.dtype, progress: Progress
+) -> None:
+    if config.self_check:
+        progress("comparing with the stock forward", 0.9)
+        _tell(_check(lane, config, vocab_size, num_slots, dtype), progress)
 
 
 def _get_ready(cache: KVCache) -> Thread:
@@ -193,6 +238,7 @@ def _describe(
         kv_cache_bytes=kv_cache_bytes,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=num_batched_tokens(config, model.device),
+        launches_ahead=model.device.type == "cuda",
         context_cost=_context_cost(lane, weights.num_parameters),
         fingerprint=fingerprint(config, model, dtype, backend + bits),
     )
@@ -229,6 +275,7 @@ def _bring_to_the_processor(
         num_tokens = max(num_batched_tokens(config, model.device), LONGEST_WINDOW + 64)
         limits = Limits(num_tokens, max(config.max_num_seqs + MAX_PROMPT_ROWS, num_tokens))
         try:
+            assert kind != "fp8", "refused on a CPU"
             lane.program = build_program(lane, cache, layout, limits, kind)
         except (NotTraceable, NativeUnavailable) as error:
             reason = f"torch runs each operation of a step: {error}"
@@ -250,9 +297,10 @@ def _check(lane: PackedLane, config: ModelConfig, vocab_size: int, num_slots: in
     said = ""
     try:
         result = check_packed_lane(lane, vocab_size, config.block_size, num_slots // 4, dtype)
-        if not result.passed and lane.program is not None:
-            said = f"torch runs each operation of a step: the native program is off by {result.error:.2g}"
-            lane.program = None
+        if not result.passed and (lane.program is not None or lane.compiled is not None):
+            what = "the native program is" if lane.program is not None else "the compiled layers are"
+            said = f"torch runs each operation of a step: {what} off by {result.error:.2g}"
+            lane.run_as_written()
             result = check_packed_lane(lane, vocab_size, config.block_size, num_slots // 4, dtype)
     except UnsupportedModel as error:
         raise ModelLoadFailed(f"{type(lane.model).__name__} cannot be served: {error}") from error

@@ -28,6 +28,7 @@ from transformers.utils.logging import EmptyTqdm
 from lmserve import __version__
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
+from lmserve.runtime.quantization import check_quantization
 
 
 def choose_device(name: str) -> torch.device:
@@ -118,6 +119,7 @@ def load_model(
     source, arguments = _source(config, subfolder)
     known = read_model_config(config, subfolder)
     dtype = choose_dtype(config.dtype, known.checkpoint_dtype, known.device)
+    check_quantization(config.quantization, known.device, None if known.is_gguf else known.config)
     with _explained(config), _watched(progress):
         loaded: tuple[PreTrainedModel, dict[str, Any]] = (auto_class or generating_class(known.config)).from_pretrained(
             source,

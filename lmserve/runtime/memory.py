@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,6 @@ from lmserve.errors import ModelLoadFailed
 CGROUP = Path("/sys/fs/cgroup")
 CPU_SHARE = 0.25
 """Of the free memory: the machine is the user's, other programs and other models want some too."""
-GPU_SHARE = 0.85
-"""Of what is free once the weights are there: the rest is for activations and the allocator's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +33,40 @@ def free_bytes(device: torch.device) -> int:
     limited = container_free_bytes(CGROUP)
     available = int(psutil.virtual_memory().available)
     return available if limited is None else min(available, limited)
+
+
+def usable_bytes(device: torch.device, utilization: float) -> int:
+    """Memory that this process may still take. On a GPU it stays within its share of the device, weights and all, and
+    within what others have left: a second worker takes what is there, and the first one keeps what it has."""
+    free = free_bytes(device)
+    if device.type == "cuda":
+        total = int(torch.cuda.mem_get_info(device)[1])
+        return share_left(total, free, torch.cuda.memory_reserved(device), utilization)
+    if device.type == "mps":
+        taken = int(torch.mps.driver_allocated_memory())
+        return share_left(int(torch.mps.recommended_max_memory()), free, taken, utilization)
+    return free
+
+
+def share_left(total: int, free: int, own: int, utilization: float) -> int:
+    """What is left of a process's share of a device where it has taken ``own`` bytes. All in bytes."""
+    return max(0, min(free, int(total * utilization) - own))
+
+
+def peak_bytes(device: torch.device, run: Callable[[], None]) -> int | None:
+    """What ``run`` takes of the device's memory for a while; None where the device does not tell."""
+    if device.type != "cuda":
+        run()
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    return int(peak) - before
 
 
 def container_free_bytes(folder: Path) -> int | None:
@@ -66,13 +99,14 @@ def size_cache(
     """Blocks for the KV cache and the context length that results.
 
     ``budget`` and ``asked_len`` are the person's (0: choose); an explicit context that does not fit is refused, an
-    automatic one is cut to what fits and said at start-up. Never more blocks than all slots could fill.
+    automatic one is cut to what fits and said at start-up. Never more blocks than all slots could fill. ``free``: what
+    weights and activations have left; on a CPU a share of it is taken.
 
     Raises:
         ModelLoadFailed: with the numbers.
     """
     if not budget:
-        budget = int(free * (CPU_SHARE if device_type == "cpu" else GPU_SHARE))
+        budget = int(free * CPU_SHARE) if device_type == "cpu" else max(0, free)
         if asked_len:  # a person's word: more than the share, if there is more
             budget = max(budget, min(free, -(-asked_len // block_size) * block_bytes))
     elif budget > free:

@@ -27,11 +27,11 @@ from lmserve.runtime.loader import (
     read_model_config,
     reads_images,
 )
-from lmserve.runtime.memory import CacheSize, free_bytes, size_cache
+from lmserve.runtime.memory import CacheSize, size_cache, usable_bytes
 from lmserve.runtime.native.compiler import NativeUnavailable, check_available
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
 from lmserve.runtime.prepack import linears_to_prepack
-from lmserve.runtime.quantization import Quantization, kind_of, quantized_bytes
+from lmserve.runtime.quantization import Quantization, check_quantization, kind_of, quantized_bytes
 from lmserve.runtime.vision.encoder import CACHE_BYTES
 
 CPU_BATCHED_TOKENS = 512
@@ -55,11 +55,13 @@ def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
     """
     source = read_model_config(config)
     device, dtype = source.device, choose_dtype(config.dtype, source.checkpoint_dtype, source.device)
+    check_quantization(config.quantization, device, None if source.is_gguf else source.config)
     model = hollow_model(source.config, generating_class(source.config), config.trust_remote_code)
     weights = loaded_weight_bytes(config, source, model, dtype)
     activations = activation_bytes(model, config, device, dtype)
     fixed = fixed_bytes(device)
-    free = free_bytes(device) + (fixed if device.type == "cpu" else 0) - reserved_bytes
+    usable = usable_bytes(device, config.gpu_memory_utilization)
+    free = usable + (fixed if device.type == "cpu" else 0) - reserved_bytes
     rest = free - weights - activations - fixed
     size, bytes_per_block = _cache_size(model, config, dtype, rest, device)
     return MemoryPlan(
@@ -114,8 +116,17 @@ def activation_bytes(model: nn.Module, config: ModelConfig, device: torch.device
     """The tensors of the largest step, and the sampler's."""
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]  # a transformers model
     layers = num_batched_tokens(config, device) * layer_row_bytes(text, dtype) + image_bytes(model.config, dtype)
-    sampler = config.max_num_seqs * int(text.vocab_size) * (dtype.itemsize + SAMPLER_COPIES * 4)
-    return layers + sampler + FIRST_USE_BYTES
+    return layers + sampler_bytes(config, int(text.vocab_size), dtype) + FIRST_USE_BYTES
+
+
+def sampler_bytes(config: ModelConfig, vocab_size: int, dtype: torch.dtype) -> int:
+    """Logits, and the matrices that are made of them."""
+    return config.max_num_seqs * vocab_size * (dtype.itemsize + SAMPLER_COPIES * 4)
+
+
+def cache_format(config: ModelConfig) -> torch.dtype | None:
+    """In which keys and values are kept; None: as the model has them."""
+    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else None
 
 
 def image_bytes(model_config: Any, dtype: torch.dtype) -> int:
@@ -168,7 +179,7 @@ def _cache_size(
         raise ModelLoadFailed(f"{type(model).__name__} cannot be served: {error}") from error
     except Exception:  # a model whose forward wants real numbers: its configuration has to do
         shapes = _usual_shapes(model)
-    bytes_per_block = block_bytes(shapes, config.block_size, dtype)
+    bytes_per_block = block_bytes(shapes, config.block_size, cache_format(config) or dtype)
     native = native_context_length(model)
     least = config.max_model_len or min(native or LEAST_CONTEXT, LEAST_CONTEXT)
     try:

@@ -1,5 +1,7 @@
 """Linear layers in 8 and 4 bits: by torch's own operators on a CPU without native products, by torchao elsewhere.
 
+fp8 is for GPUs alone: weights once, by output channel, and on those that multiply such numbers activations by row.
+
 8 bits: weights once, by output channel; activations at each call, by row; both symmetric, so that a product is integers
 times two scales (Dettmers et al. 2022, "LLM.int8()", without its separate outliers). A row has a scale of its own: what
 stands beside it in a step does not change it.
@@ -17,12 +19,14 @@ from torch import Tensor, nn
 
 from lmserve.errors import ModelLoadFailed
 
-Quantization = Literal["int8", "int4"]
+Quantization = Literal["int8", "int4", "fp8"]
 
 LARGEST = 127
 GROUP = 32
 STEPS = 15
 """Between the smallest and the largest number of a group, with 4 bits."""
+MULTIPLIES_FP8 = (8, 9)
+"""From this capability on, a GPU does."""
 OUTPUTS = 16
 """torch's 4-bit products want the outputs in multiples of it."""
 
@@ -101,7 +105,7 @@ def kind_of(linear: nn.Linear, model: nn.Module, kind: Quantization) -> Quantiza
     can even out (benchmarks/NOTES.md has the figures).
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return "int8" if linear is head else kind
+    return "int8" if linear is head and kind == "int4" else kind
 
 
 def quantize(model: nn.Module, kind: Quantization) -> int:
@@ -119,7 +123,8 @@ def quantize(model: nn.Module, kind: Quantization) -> int:
 
 
 def quantize_by_torchao(model: nn.Module, kind: Quantization) -> None:
-    """Weights only, in 8 bits by output channel or 4 in groups of 32, with the kernels that torchao has for the device.
+    """Weights only, in 8 bits by output channel or 4 in groups of 32, with the kernels that torchao has for the device;
+    activations, too, in fp8 where the device multiplies it.
 
     Raises:
         ModelLoadFailed: torchao is not installed, or has nothing for this device.
@@ -131,6 +136,10 @@ def quantize_by_torchao(model: nn.Module, kind: Quantization) -> None:
             f"{kind} on this device needs torchao: pip install 'lmserve[quantization]' ({error})"
         ) from error
     places: dict[Quantization, Any] = {"int8": torchao.Int8WeightOnlyConfig(version=2)}
+    if kind == "fp8":
+        by_row = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow())
+        weights_only = torchao.Float8WeightOnlyConfig()
+        places = {"fp8": by_row if multiplies_fp8(next(model.parameters()).device) else weights_only}
     if kind == "int4":
         # torch's own kernels; the other layouts need further packages.
         places["int4"] = torchao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
@@ -145,9 +154,30 @@ def quantize_by_torchao(model: nn.Module, kind: Quantization) -> None:
         raise ModelLoadFailed(f"torchao cannot bring the model into {kind} here: {error}") from error
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the device's tensor cores take 8-bit floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MULTIPLIES_FP8
+
+
+def check_quantization(kind: str, device: torch.device, model_config: Any) -> None:
+    """Raises ModelLoadFailed for a kind of quantization that the device or the checkpoint does not allow."""
+    if kind == "fp8" and device.type != "cuda":
+        raise ModelLoadFailed(f"quantization fp8 is for NVIDIA GPUs; on {device.type} there are int8 and int4")
+    method = checkpoint_quantization(model_config)
+    if kind != "none" and method:
+        raise ModelLoadFailed(f"quantization {kind}: the checkpoint is quantized already ({method}); leave it at none")
+
+
+def checkpoint_quantization(model_config: Any) -> str:
+    """How the weights in the files are quantized, by the name that transformers has for it; empty: they are not."""
+    found = getattr(model_config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method) or "")
+
+
 def quantized_bytes(linear: nn.Linear, kind: Quantization, dtype: torch.dtype) -> int:
     """Of a layer's weight once it is in fewer bits."""
     numbers = linear.weight.numel()
-    if kind == "int8":
+    if kind in ("int8", "fp8"):
         return numbers + 8 * linear.out_features
     return numbers // 2 + numbers // GROUP * 4 if Int4Linear.fits(linear) else numbers * dtype.itemsize

@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmserve.errors import ModelLoadFailed
-from lmserve.runtime.memory import CacheSize, container_free_bytes, size_cache
+from lmserve.runtime.memory import CacheSize, container_free_bytes, peak_bytes, share_left, size_cache
 
 
 def size(**overrides: int | str | None) -> CacheSize:
@@ -53,8 +54,27 @@ def test_a_cache_of_less_than_one_block_is_refused() -> None:
         size(budget=999)
 
 
-def test_a_gpu_gets_most_of_what_is_free() -> None:
-    assert size(device_type="cuda", free=100_000).num_blocks == 85
+def test_a_gpu_gets_all_that_its_share_has_left() -> None:
+    assert size(device_type="cuda", free=100_000).num_blocks == 100
+
+
+def test_a_share_of_a_gpu_and_what_others_have_left_of_it() -> None:
+    assert share_left(total=100, free=100, own=0, utilization=0.9) == 90
+    assert share_left(total=100, free=70, own=30, utilization=0.9) == 60, "weights count"
+    assert share_left(total=100, free=25, own=15, utilization=0.9) == 25, "another one has the rest"
+    assert share_left(total=100, free=50, own=50, utilization=0.4) == 0
+
+
+def test_two_workers_on_one_gpu_take_no_more_than_there_is() -> None:
+    first = share_left(total=80, free=80, own=0, utilization=0.6)
+    second = share_left(total=80, free=80 - first, own=0, utilization=0.6)
+    assert (first, second) == (48, 32)
+
+
+def test_a_cpu_does_not_tell_peaks_but_runs_what_it_is_given() -> None:
+    ran: list[int] = []
+    assert peak_bytes(torch.device("cpu"), lambda: ran.append(1)) is None
+    assert ran == [1]
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from lmserve.engine.core import EngineCore
 from lmserve.engine.messages import AddRequest
 from lmserve.engine.scheduler import SchedulerConfig
 from lmserve.errors import ModelLoadFailed
-from lmserve.runtime.build import assemble_runner
-from lmserve.runtime.memory_plan import weight_bytes
+from lmserve.runtime.build import assemble_runner, build_runner
+from lmserve.runtime.memory_plan import plan_memory, weight_bytes
 from lmserve.runtime.model_runner import PackedModelRunner
 from lmserve.runtime.native.compiler import NativeUnavailable, check_available
 from lmserve.runtime.quantization import (
@@ -27,12 +28,14 @@ from lmserve.runtime.quantization import (
     Int4Linear,
     Int8Linear,
     Quantization,
+    check_quantization,
     quantize,
     quantize_by_torchao,
     quantized_bytes,
 )
 from lmserve.sampling_params import SamplingParams
 from tests.runtime.tiny_models import VOCAB_SIZE, build_tiny, in_dtype
+from tests.tiny_folder import write_tiny_folder
 
 KINDS: tuple[Quantization, ...] = ("int8", "int4")
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
@@ -188,37 +191,60 @@ def test_fewer_bits_take_less_memory() -> None:
 
 
 TORCHAO = """
+import sys
 import torch
 from lmserve.runtime.quantization import quantize_by_torchao
 from tests.runtime.tiny_models import build_tiny
 
 model, plain = (build_tiny("llama", hidden_size=64, intermediate_size=96) for _ in range(2))
-quantize_by_torchao(model, "int8")
+quantize_by_torchao(model, sys.argv[1])
 ids = torch.arange(3, 43)[None]
 with torch.inference_mode():
     print(float((model(ids).logits.softmax(-1) - plain(ids).logits.softmax(-1)).abs().max()))
 """
 
 
-def test_other_devices_are_served_by_torchao() -> None:
-    """Its 8-bit layers run on a CPU, too; for those in 4 bits a GPU is needed.
+@pytest.mark.parametrize(("kind", "loss"), [("int8", 0.02), ("fp8", 0.06)])
+def test_other_devices_are_served_by_torchao(kind: str, loss: float) -> None:
+    """Its 8-bit layers run on a CPU, too; for those in 4 bits, and for products of 8-bit floats, a GPU is needed.
 
     scripts/setup.sh puts torchao beside the environment, where transformers does not find it.
     """
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(Path(sys.prefix) / "torchao")])
     done = subprocess.run(
-        [sys.executable, "-c", TORCHAO],
+        [sys.executable, "-c", TORCHAO, kind],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
-    assert 0 < float(done.stdout.split()[-1]) < 0.02
+    assert 0 < float(done.stdout.split()[-1]) < loss
 
 
 def test_without_torchao_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ModelLoadFailed, match="int8 on this device needs torchao"):
         quantize_by_torchao(build_tiny("llama"), "int8")
+
+
+def test_what_the_device_cannot_do_is_refused_by_name() -> None:
+    with pytest.raises(ModelLoadFailed, match="quantization fp8 is for NVIDIA GPUs; on cpu there are int8 and int4"):
+        check_quantization("fp8", torch.device("cpu"), None)
+    for kind in ("none", "int8", "int4"):
+        check_quantization(kind, torch.device("cpu"), build_tiny("llama").config)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8"])
+def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path: Path, method: str) -> None:
+    """Read from its files, before any weight is."""
+    folder = write_tiny_folder(tmp_path / "tiny")
+    file = folder / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, "quantization_config": {"quant_method": method}}), encoding="utf-8")
+    config = ModelConfig(model=str(folder), quantization="int8", device="cpu")
+    with pytest.raises(ModelLoadFailed, match=rf"quantized already \({method}\); leave it at none"):
+        plan_memory(config)
+    with pytest.raises(ModelLoadFailed, match=rf"quantized already \({method}\)"):
+        build_runner(config)
