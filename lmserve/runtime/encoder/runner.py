@@ -56,7 +56,8 @@ class ScoreRunner:
         batch = make_batch(inputs, self.lane.model.device)
         try:
             logits = torch.cat([output.logits for output, _ in self.lane.forwards(batch)])
-            return _in_order(self._activation(logits.float()), batch)
+            # In float64, for vector instructions and those for what is left behind them round a float32 otherwise.
+            return _in_order(self._activation(logits.cpu().double()), batch)
         except torch.AcceleratorError as error:
             raise FatalRunnerError(str(error)) from error
 
