@@ -188,7 +188,7 @@ class PackedLane:
         where = torch.arange(num_tokens, device=layout.device)
         table = list(range(-(-num_tokens // layout.block_size)))
         plan = self._backend.plan([Span(0, num_tokens, num_tokens, table)])
-        positions = where if num_position_rows == 1 else where.expand(num_position_rows, -1)
+        positions = where if num_position_rows == 1 else where.repeat(num_position_rows, 1)
         self.forward_planned(torch.zeros_like(where), positions, where, where[-MIN_ROWS:], plan)
 
     def _forward_planned(
