@@ -216,8 +216,8 @@ def test_a_plan_for_decodes_reads_what_its_tensors_hold_later(name: str, options
             tables[row, : len(span.block_table)] = torch.tensor(span.block_table)
         rows[:num_rows] = torch.tensor(order)
         lengths[:num_rows] = torch.tensor([span.kv_len for span in case.spans])
-        padded = [torch.cat([x, x[:1]]) for x in (case.q, case.k, case.v)]
-        found = backend.attend(*padded, case.cache, plan, options)
+        q, k, v = (torch.cat([x, x[:1]]) for x in (case.q, case.k, case.v))
+        found = backend.attend(q, k, v, case.cache, plan, options)
         assert found.isfinite().all()
         torch.testing.assert_close(found[:num_rows].double(), expected(case, options), rtol=1e-5, atol=1e-5)
 
@@ -227,7 +227,8 @@ def test_a_plan_for_decodes_reads_what_its_tensors_hold_later(name: str, options
 def test_keys_and_values_in_8_bits(name: str, dtype: torch.dtype) -> None:
     case = make_case(((11, 1), (64, 1), (3, 9)), dtype=dtype)
     size = (NUM_BLOCKS + 1) * BLOCK_SIZE, 2, 16
-    cache = LayerCache(*(torch.zeros(size).to(torch.float8_e4m3fn) for _ in range(2)), k_scale=0.5, v_scale=0.02)
+    pool = torch.zeros(size).to(torch.float8_e4m3fn)
+    cache = LayerCache(pool, pool.clone(), k_scale=0.5, v_scale=0.02)
     backend = make_backend(name, dtype)
     rounded = []
     for span, (k, v) in zip(case.spans, case.sequences, strict=True):

@@ -84,11 +84,11 @@ def merged(block: nn.Module, *args: Any, rows: int = 3) -> int:
     return merge_linears(block, lambda: block(torch.ones(1, rows, 8), *args))
 
 
-class Products(TorchDispatchMode):
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts products."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,7 +99,7 @@ class Products(TorchDispatchMode):
 def test_one_product_is_computed_for_all() -> None:
     block = Block()
     assert merged(block) == 1
-    with Products() as products:  # type: ignore[no-untyped-call]
+    with Products() as products:
         block(torch.randn(1, 3, 8))
     assert products.count == 1
 
@@ -167,7 +167,7 @@ def test_an_input_that_is_overwritten_between_the_calls_is_another() -> None:
     block, x = Overwriting(), torch.randn(1, 3, 8)
     expected = {**alone(block, x, "q"), **alone(block, 2 * x, "kv")}
     assert merged(block) == 1
-    assert not isinstance(block.q, MergedLinear)
+    assert type(block.q) is nn.Linear
     assert same(block(x), expected)
 
 
@@ -195,7 +195,7 @@ def with_subclass(block: Block) -> None:
 
 
 def with_another_forward(block: Block) -> None:
-    block.k.forward = lambda x: x[..., :4]  # type: ignore[method-assign]
+    block.k.forward = lambda x: x[..., :4]  # type: ignore[method-assign, assignment]
 
 
 def tied(block: Block) -> None:
@@ -228,18 +228,18 @@ def test_a_layer_that_is_called_twice_is_left_alone() -> None:
 
 
 def test_the_head_that_is_the_embedding_is_left_alone() -> None:
-    model = build_tiny("llama", tie_word_embeddings=True)
+    model: Any = build_tiny("llama", tie_word_embeddings=True)
     merge_linears(model, PackedLane(model).probe)
-    head: Any = model.get_output_embeddings()
+    head = model.get_output_embeddings()
     assert type(head) is nn.Linear
     assert head.weight is model.get_input_embeddings().weight
 
 
-class Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """How many of some tensors are there whenever others are joined."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
         self.counts: list[int] = []
 
@@ -256,7 +256,7 @@ def test_old_weights_are_let_go_of_before_the_next_group() -> None:
         for block in blocks:
             block(torch.ones(1, 3, 8))
 
-    with Alive(blocks.parameters()) as alive:  # type: ignore[no-untyped-call]
+    with Alive(blocks.parameters()) as alive:
         assert merge_linears(blocks, run) == 4
     assert alive.counts == [12, 9, 6, 3]
 
@@ -267,15 +267,16 @@ def test_products_can_be_quantized_once_they_are_handed_over() -> None:
     lane, _ = attach(model)
     expected = logits(lane, 9)
     merge_linears(model, PackedLane(model).probe)
-    weight = model.get_submodule("model.layers.0.self_attn.k_proj").weight.clone()
+    merged_layer: Any = model.get_submodule("model.layers.0.self_attn.k_proj")
+    weight = merged_layer.weight.clone()
     hand_over_products(model)
     assert parts(model) == {}
     num_bytes = sum(p.nbytes for p in model.parameters())
     assert num_bytes == sum(p.nbytes for p in build_tiny("qwen2").parameters())
     layer: Any = model.get_submodule("model.layers.0.self_attn.k_proj")
+    assert layer.bias.shape == (24,)
     assert isinstance(layer, HandedOverLinear)
     assert torch.equal(layer.weight, weight)
-    assert layer.bias.shape == (24,)
     assert torch.equal(logits(attach(model)[0], 9), expected) or norm_error(logits(lane, 9), expected) < 1e-5
     assert quantize(model, "int8") == 4 * (1 + 1 + 1 + 1) + 1
     assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj.product"), Int8Linear)

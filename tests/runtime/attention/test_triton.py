@@ -105,8 +105,8 @@ def test_writing_in_8_bits() -> None:
     layout = CacheLayout(4, 9, CPU, torch.float32)
     kept = []
     for backend in (TritonBackend(layout), ReferenceBackend(layout)):
-        pools = (torch.zeros(40, 3, size).to(torch.float8_e4m3fn) for size in (24, 16))
-        cache = LayerCache(*pools, k_scale=0.5, v_scale=0.02)
+        keys, values = (torch.zeros(40, 3, size).to(torch.float8_e4m3fn) for size in (24, 16))
+        cache = LayerCache(keys, values, k_scale=0.5, v_scale=0.02)
         backend.write(k, v, cache, torch.arange(9))
         kept.append(torch.cat([cache.k[:9].float() * 0.5, cache.v[:9].float() * 0.02], dim=2))
     found, wanted = kept
