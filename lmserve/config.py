@@ -57,7 +57,7 @@ class ModelConfig:
     )
     threads: int = _key(0, "processor threads of a worker; 0: one for each core", low=0)
     attention_backend: str = _key(
-        "auto", "attention implementation", choices=("auto", "reference", "sdpa", "cpu", "triton")
+        "auto", "attention implementation", choices=("auto", "reference", "sdpa", "cpu", "triton", "fa3")
     )
     compile: bool = _key(
         True, "on a GPU, let torch.compile make a layer's small operations into few; off: faster start"

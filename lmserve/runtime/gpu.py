@@ -25,9 +25,11 @@ from lmserve.runtime.memory_plan import (
 )
 from lmserve.runtime.merged_linear import hand_over_products, merge_linears
 from lmserve.runtime.packed_lane import PackedLane
-from lmserve.runtime.quantization import MULTIPLIES_FP8, Quantization, quantize_by_torchao
+from lmserve.runtime.quantization import Quantization, quantize_by_torchao
 from lmserve.runtime.self_check import LONGEST_WINDOW
 
+CONVERTS_FP8 = (8, 0)
+"""Capability of the GPUs that Triton is for: below Ada its kernels take 8-bit floats apart themselves."""
 SAMPLERS = 2
 """That hold their matrices: the one of any step, and the one whose operations are captured."""
 
@@ -71,8 +73,8 @@ def check_cache_format(
     wanted = cache_format(config)
     if wanted is not None and not backend.keeps_fp8:
         raise ModelLoadFailed(f"kv_cache_dtype fp8 is not for the attention backend {backend.name}; triton has it")
-    if wanted is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) < MULTIPLIES_FP8:
-        raise ModelLoadFailed("kv_cache_dtype fp8 needs a GPU of capability 8.9 or more (Ada, Hopper and later)")
+    if wanted is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) < CONVERTS_FP8:
+        raise ModelLoadFailed("kv_cache_dtype fp8 needs a GPU of capability 8.0 or more (Ampere and later)")
     return wanted
 
 

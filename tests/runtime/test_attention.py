@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
+from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.attention import BACKENDS, NEEDS, backend_class, best_for
 from lmserve.runtime.attention.base import AttentionBackend, CacheLayout, LayerCache, LayerOptions, Span
 from lmserve.runtime.attention.sdpa import bucket_length
@@ -16,6 +18,9 @@ from lmserve.runtime.attention.sdpa import bucket_length
 BLOCK_SIZE = 4
 NUM_BLOCKS = 96
 CPU = torch.device("cpu")
+
+INSTALLED = [name for name in BACKENDS if name not in NEEDS or find_spec(NEEDS[name])]
+BACKENDS_HERE = [name for name in INSTALLED if backend_class(name, "cpu").runs_on_cpu]
 
 # (tokens in the cache already, new tokens): decodes of several lengths, whole prompts, chunks behind a prefix
 MIXED = ((0, 7), (11, 1), (3, 1), (64, 1), (70, 1), (16, 5), (0, 1), (9, 2))
@@ -124,7 +129,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS_HERE)
 @pytest.mark.parametrize("scattered", [True, False], ids=["scattered", "adjacent"])
 def test_mixed_step(name: str, options: LayerOptions, scattered: bool) -> None:
     case = make_case(MIXED, scattered=scattered)
@@ -132,7 +137,7 @@ def test_mixed_step(name: str, options: LayerOptions, scattered: bool) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS_HERE)
 @pytest.mark.parametrize("scattered", [True, False], ids=["scattered", "adjacent"])
 def test_tokens_of_an_image_see_each_other(name: str, options: LayerOptions, scattered: bool) -> None:
     case = make_case(WITH_IMAGES, scattered=scattered, images=IMAGES)
@@ -143,7 +148,7 @@ def test_tokens_of_an_image_see_each_other(name: str, options: LayerOptions, sca
         assert not torch.allclose(found, expected(blind, options), atol=1e-2)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS_HERE)
 @pytest.mark.parametrize("window", [None, 6])
 def test_where_a_prefix_of_an_image_was_cached_makes_no_difference(name: str, window: int | None) -> None:
     options = LayerOptions(SCALING, window)
@@ -162,7 +167,7 @@ def test_where_a_prefix_of_an_image_was_cached_makes_no_difference(name: str, wi
         torch.testing.assert_close(run(name, rest, options), expected_rows[cached:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS_HERE)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 6), (6, 1), (6, 3)])
 @pytest.mark.parametrize(("key_size", "value_size"), [(16, 16), (24, 16), (8, 8)])
 def test_head_shapes(name: str, heads: int, kv_heads: int, key_size: int, value_size: int) -> None:
@@ -172,14 +177,14 @@ def test_head_shapes(name: str, heads: int, kv_heads: int, key_size: int, value_
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS_HERE)
 def test_bfloat16(name: str, options: LayerOptions) -> None:
     case = make_case(MIXED, dtype=torch.bfloat16)
     torch.testing.assert_close(run(name, case, options).double(), expected(case, options), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS_HERE)
 def test_a_decode_gives_the_same_bits_in_any_company(name: str, dtype: torch.dtype) -> None:
     case = make_case(((40, 1), (64, 1), (90, 1), (37, 1), (5, 1)), dtype=dtype)
     options = LayerOptions(SCALING)
@@ -197,7 +202,7 @@ def test_a_decode_gives_the_same_bits_in_any_company(name: str, dtype: torch.dty
         assert torch.equal(alone[0], together[i])
 
 
-WITH_DEVICE_LENGTHS = [name for name in BACKENDS if backend_class(name, "cpu").reads_device_lengths]
+WITH_DEVICE_LENGTHS = [name for name in BACKENDS_HERE if backend_class(name, "cpu").reads_device_lengths]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -223,12 +228,12 @@ def test_a_plan_for_decodes_reads_what_its_tensors_hold_later(name: str, options
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name in BACKENDS if backend_class(name, "cpu").keeps_fp8])
+@pytest.mark.parametrize("name", [name for name in BACKENDS_HERE if backend_class(name, "cpu").keeps_fp8])
 def test_keys_and_values_in_8_bits(name: str, dtype: torch.dtype) -> None:
     case = make_case(((11, 1), (64, 1), (3, 9)), dtype=dtype)
     size = (NUM_BLOCKS + 1) * BLOCK_SIZE, 2, 16
-    pool = torch.zeros(size).to(torch.float8_e4m3fn)
-    cache = LayerCache(pool, pool.clone(), k_scale=0.5, v_scale=0.02)
+    k_pool, v_pool = (torch.zeros(size).to(torch.float8_e4m3fn) for _ in range(2))
+    cache = LayerCache(k_pool, v_pool, k_scale=0.5, v_scale=0.02)
     backend = make_backend(name, dtype)
     rounded = []
     for span, (k, v) in zip(case.spans, case.sequences, strict=True):
@@ -248,11 +253,15 @@ def test_keys_and_values_in_8_bits(name: str, dtype: torch.dtype) -> None:
 
 def test_the_best_backend_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (best_for("cpu"), best_for("mps"), best_for("cuda")) == ("cpu", "sdpa", "triton")
+    assert [best_for("cuda", capability) for capability in ((7, 5), (8, 0), (12, 0))] == ["sdpa", "triton", "triton"]
     monkeypatch.setitem(NEEDS, "triton", "a_package_that_is_not_there")
     assert best_for("cuda") == "sdpa"
+    assert backend_class("auto", "cuda").name == "sdpa"
+    with pytest.raises(ModelLoadFailed, match="triton needs the package a_package_that_is_not_there"):
+        backend_class("triton", "cuda")
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS_HERE)
 def test_rows_beyond_the_spans_are_finite(name: str) -> None:
     case = make_case(((5, 1),))
     q, k, v = (torch.cat([x, x.new_full((3, *x.shape[1:]), 0.5)]) for x in (case.q, case.k, case.v))

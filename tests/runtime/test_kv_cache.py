@@ -26,6 +26,17 @@ def test_block_bytes() -> None:
     assert block_bytes(shapes, 16, torch.bfloat16) == 2 * 3 * 128 * 16 * 2
 
 
+def test_pools_in_8_bits_take_half_the_memory() -> None:
+    shapes = {1: LayerShape(3, 64, 32)}
+    layout = CacheLayout(16, 10, CPU, torch.bfloat16, torch.float8_e4m3fn)
+    layer = KVCache(shapes, layout).layers[1]
+    assert layer.k.dtype == layer.v.dtype == torch.float8_e4m3fn
+    assert not layer.k.float().any()
+    assert (layer.k_scale, layer.v_scale) == (1.0, 1.0)
+    assert layer.k.nbytes + layer.v.nbytes == 11 * block_bytes(shapes, 16, layout.pool_dtype)
+    assert block_bytes(shapes, 16, layout.pool_dtype) * 2 == block_bytes(shapes, 16, layout.dtype)
+
+
 @pytest.mark.skipif(not populate(zeros(4096)), reason="the system makes no memory ready: Linux 5.14 does")
 def test_memory_is_made_ready_ahead_of_what_is_used_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmserve.runtime.kv_cache.READY_BYTES", 64 * 2**20)

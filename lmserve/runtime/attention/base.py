@@ -53,7 +53,8 @@ class CacheLayout:
 class LayerCache:
     """The paged K and V of one attention layer, one row a token: (num_slots, kv heads, head size).
 
-    A row holds its token's keys and values divided by the scales, in the pools' own number format.
+    Pools of 8 bits hold keys and values divided by the scales, and at most the largest number of their format; pools in
+    the model's own format have no use for scales.
     """
 
     k: Tensor
@@ -90,6 +91,8 @@ class AttentionBackend(ABC):
     name: ClassVar[str]
     keeps_fp8: ClassVar[bool] = False
     """Whether keys and values may lie in the cache as float8_e4m3fn, with scales."""
+    runs_on_cpu: ClassVar[bool] = True
+    """So that the tests can hold it to the reference where there is no GPU."""
     reads_device_lengths: ClassVar[bool] = False
     """Whether it has ``plan_decode``, so that a step can be captured once and run again with other lengths."""
 

@@ -39,7 +39,8 @@ class ReferenceBackend(AttentionBackend):
             if pool.dtype == new.dtype:
                 pool.index_copy_(0, slot_mapping, new)
             else:  # torch copies no rows of 8-bit floats, but of bytes
-                stored = (new.float() / scale).to(pool.dtype)
+                largest = torch.finfo(pool.dtype).max  # beyond it not every version of torch makes a number
+                stored = (new.float() / scale).clamp(-largest, largest).to(pool.dtype)
                 pool.view(torch.uint8).index_copy_(0, slot_mapping, stored.view(torch.uint8))
 
     def plan_decode(self, tables: Tensor, table_rows: Tensor, kv_lens: Tensor) -> DecodePlan:

@@ -1,8 +1,12 @@
 """The backend for NVIDIA GPUs: Triton kernels that read the paged cache in place (``triton_kernels.py``).
 
 The decodes of a step are one launch, split over their contexts, and a second one that puts the parts together; its
-prompt chunks are another. All lengths and tables of a step cross to the device in one copy, and nothing comes back.
-A decode is computed in the same way in a step of any kind and in a captured one, so it has the same bits there.
+prompt chunks are another, not split, in tiles of many rows. All lengths and tables of a step cross to the device in one
+copy, and nothing comes back.
+
+A decode is computed in the same way in a step of any kind and in a captured one, so it has the same bits there. The
+price: a context is cut by its own length alone, so that where many sequences fill the GPU without that, contexts are
+cut all the same. A part costs some hundredths of what reading its keys costs.
 """
 
 from __future__ import annotations
@@ -33,13 +37,24 @@ LEAST_SEGMENT = 256
 DECODE_ROWS = 16
 """Of a tile, the least that tensor cores take; as many as there are heads for a key-value head, if those are more."""
 PROMPT_ROWS = 128
-"""Of a tile: two warp groups with products of 64 rows each. Half of it where heads are so large that a program's
-registers would not do (seen in what the compiler makes of it)."""
+"""Of a tile, at most: two warp groups with products of 64 rows each. Where heads are larger than 128 the sums of a
+tile's values would not fit into a program's registers: then it has half as many, or a quarter."""
+PROMPT_ROWS_OF_32_BITS = 32
+"""The same: a product of such numbers on tensor cores is three, of operands in two parts each."""
+MOST_NUMBERS = 256
+"""Of a key and its value, that such tiles are for."""
 DECODE_TILE_BYTES = 64 * 1024
-"""Of keys and values that are looked at together, at most. Three stages of it are on their way."""
+"""Of keys and values that are looked at together, at most, in three stages: one is the look into the table, so one tile
+is on its way while another is looked at. Four programs on a processor have enough on their way to keep memory busy.
+Half of it for numbers of 32 bits, whose operands in parts fill the registers."""
 PROMPT_TILE_BYTES = 32 * 1024
 """The same, two stages; half of it before Hopper, whose products take their operands from registers."""
-HOPPER = 90
+MOST_KEYS, LEAST_KEYS = 64, 16
+"""Of a tile. The least is what a product takes."""
+ADA, HOPPER = 89, 90
+"""Capabilities. Ada is the first to convert from and to 8 bits."""
+OF_BITS = 256.0
+"""What bits are multiplied with to be the numbers that they stand for, see ``triton_kernels``."""
 ALIGNMENT = 4
 """Numbers of 4 bytes: the parts of the one copy begin at multiples of 16 bytes, as loads of that size need."""
 
@@ -81,6 +96,8 @@ class TritonPlan:
 
     decodes: Decodes | None
     prompts: Prompts | None
+    num_rows: int
+    """Of the packed step, that are attended to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +120,16 @@ class Shape:
         value_size = cache.v.shape[2]
         group = q.shape[1] // num_kv_heads
         numbers = triton.next_power_of_2(key_size) + triton.next_power_of_2(value_size)
+        in_32_bits = q.element_size() == 4
         if is_decode:
-            least, num_bytes = DECODE_ROWS, DECODE_TILE_BYTES
+            least, num_bytes = DECODE_ROWS, DECODE_TILE_BYTES // (2 if in_32_bits else 1)
         else:
-            least = PROMPT_ROWS if numbers <= 256 else PROMPT_ROWS // 2
+            least = PROMPT_ROWS_OF_32_BITS if in_32_bits else PROMPT_ROWS
+            least = max(DECODE_ROWS, least // max(1, triton.next_power_of_2(numbers) // MOST_NUMBERS))
             num_bytes = PROMPT_TILE_BYTES if capability >= HOPPER else PROMPT_TILE_BYTES // 2
-        keys = num_bytes // (numbers * max(q.element_size(), cache.k.element_size()))
         rows = max(least, triton.next_power_of_2(group))
-        keys = 1 << max(4, min(6, keys.bit_length() - 1))
+        keys = num_bytes // (numbers * q.element_size())
+        keys = min(MOST_KEYS, max(LEAST_KEYS, 1 << (keys.bit_length() - 1)))
         return cls(group, num_kv_heads, key_size, value_size, rows, keys)
 
     @property
@@ -152,10 +171,11 @@ class TritonBackend(AttentionBackend):
 
     def __init__(self, layout: CacheLayout) -> None:
         super().__init__(layout)
-        self._capability = 0
+        self.capability = 0
+        """The device's, as 10 x major + minor; 0 in the interpreter."""
         if layout.device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(layout.device)
-            self._capability = 10 * major + minor
+            self.capability = 10 * major + minor
 
     def plan(self, spans: list[Span]) -> TritonPlan:
         decodes = [span for span in spans if span.q_len == 1]
@@ -180,16 +200,19 @@ class TritonBackend(AttentionBackend):
             tables, table_rows, kv_lens, rows, q_lens, row_ends = sent[5:]
             row_ends_if_any = None if ends is None else row_ends
             for_prompts = Prompts(prompts, tables.view(-1, width), table_rows, kv_lens, rows, q_lens, row_ends_if_any)
-        return TritonPlan(for_decodes, for_prompts)
+        return TritonPlan(for_decodes, for_prompts, sum(span.q_len for span in spans))
 
     def plan_decode(self, tables: Tensor, table_rows: Tensor, kv_lens: Tensor) -> TritonPlan:
         rows = torch.arange(len(kv_lens), dtype=torch.int32, device=kv_lens.device)
         num_segments = self._num_segments(tables.shape[1] * self.layout.block_size)
-        return TritonPlan(Decodes(tables, table_rows, kv_lens, rows, num_segments), None)
+        return TritonPlan(Decodes(tables, table_rows, kv_lens, rows, num_segments), None, len(rows))
 
     def write(self, k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
         num_kv_heads, key_size, value_size = *cache.k.shape[1:], cache.v.shape[2]
         k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+        as_bits = self.as_bits(cache)
+        if as_bits:
+            cache = _bits(cache)
         write_kernel[(len(slot_mapping),)](
             *(k, v, cache.k, cache.v, slot_mapping),
             *(k.stride(0), k.stride(1), v.stride(0), v.stride(1), cache.k_scale, cache.v_scale),
@@ -199,14 +222,22 @@ class TritonBackend(AttentionBackend):
             DKP=triton.next_power_of_2(key_size),
             DV=value_size,
             DVP=triton.next_power_of_2(value_size),
+            AS_BITS=as_bits,
         )
+
+    def as_bits(self, cache: LayerCache) -> bool:
+        """Whether the kernels have to convert the pools' numbers themselves."""
+        return cache.k.dtype == torch.float8_e4m3fn and self.capability < ADA
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, plan: TritonPlan, options: LayerOptions
     ) -> Tensor:
+        size = (q.shape[0], q.shape[1], cache.v.shape[2])
         # Rows of no span are left out by the kernels; what they hold has to be finite all the same.
-        out = q.new_zeros(q.shape[0], q.shape[1], cache.v.shape[2])
+        out = q.new_empty(size) if plan.num_rows == q.shape[0] else q.new_zeros(size)
         q = q if q.stride(2) == 1 else q.contiguous()
+        if self.as_bits(cache):
+            cache = _bits(cache, OF_BITS)
         if plan.decodes is not None:
             self._attend_decodes(q, out, cache, plan.decodes, options)
         if plan.prompts is not None:
@@ -216,18 +247,18 @@ class TritonBackend(AttentionBackend):
     def _attend_decodes(
         self, q: Tensor, out: Tensor, cache: LayerCache, decodes: Decodes, options: LayerOptions
     ) -> None:
-        shape = Shape.of(q, cache, self._capability, is_decode=True)
+        shape = Shape.of(q, cache, self.capability, is_decode=True)
         num_rows, num_heads = len(decodes.rows), q.shape[1]
         parts = [out, out, out]
         if decodes.num_segments > 1:
-            sizes = (q.shape[0], num_heads, SEGMENTS)
+            sizes = (num_rows, num_heads, SEGMENTS)
             parts = [q.new_empty(size, dtype=torch.float32) for size in ((*sizes, shape.value_width), sizes, sizes)]
         sinks = q if options.sinks is None else options.sinks
         decode_kernel[(num_rows, shape.num_kv_heads, decodes.num_segments)](
             *(q, cache.k, cache.v, out, *parts),
             *(decodes.tables, decodes.table_rows, decodes.kv_lens, decodes.rows, sinks),
             *_arguments(q, out, decodes.tables, cache, options),
-            **self.constants(shape, options, is_decode=True),
+            **self.constants(shape, cache, options, is_decode=True),
         )
         if decodes.num_segments > 1:
             combine_kernel[(num_rows, num_heads)](
@@ -246,7 +277,7 @@ class TritonBackend(AttentionBackend):
     def _attend_prompts(
         self, q: Tensor, out: Tensor, cache: LayerCache, prompts: Prompts, options: LayerOptions
     ) -> None:
-        shape = Shape.of(q, cache, self._capability, is_decode=False)
+        shape = Shape.of(q, cache, self.capability, is_decode=False)
         tiles = prompts.tiles.get(shape.tokens)
         if tiles is None:
             tiles = prompts.tiles[shape.tokens] = self._send(_tiles(prompts.spans, shape.tokens))
@@ -257,12 +288,12 @@ class TritonBackend(AttentionBackend):
             *(prompts.tables, prompts.table_rows, prompts.kv_lens, prompts.rows, prompts.q_lens, *tiles),
             *(row_ends, sinks),
             *_arguments(q, out, prompts.tables, cache, options),
-            **self.constants(shape, options, is_decode=False),
+            **self.constants(shape, cache, options, is_decode=False),
             HAS_ENDS=prompts.row_ends is not None,
         )
 
-    def constants(self, shape: Shape, options: LayerOptions, *, is_decode: bool) -> dict[str, Any]:
-        """What a kernel is compiled with; ``HAS_ENDS`` is the prompts' own."""
+    def constants(self, shape: Shape, cache: LayerCache, options: LayerOptions, *, is_decode: bool) -> dict[str, Any]:
+        """What a kernel is compiled with; ``HAS_ENDS`` is the prompts' own. The pools are as the kernel gets them."""
         of_decodes = {"SEGMENTS": SEGMENTS, "LEAST_SEGMENT": self.least_segment} if is_decode else {}
         return {
             **shape.constants,
@@ -271,7 +302,8 @@ class TritonBackend(AttentionBackend):
             "HAS_WINDOW": options.window is not None,
             "HAS_SOFTCAP": options.softcap is not None,
             "HAS_SINKS": options.sinks is not None,
-            "IN_FLOAT32": self.layout.device.type == "cpu",  # the interpreter's products of bfloat16 are wrong
+            "IN_FLOAT32": self.capability == 0,  # the interpreter's products of bfloat16 are wrong
+            "AS_BITS": cache.k.dtype == torch.uint8,
             "num_warps": 4 if is_decode else 8,
             "num_stages": 3 if is_decode else 2,
         }
@@ -295,6 +327,12 @@ class TritonBackend(AttentionBackend):
             numbers[place : place + part.size] = part
         sent = send(numbers, self.layout.device)
         return [sent[place : place + part.size] for part, place in zip(parts, places, strict=False)]
+
+
+def _bits(cache: LayerCache, factor: float = 1.0) -> LayerCache:
+    """The same pools as bytes, and the scales times a factor."""
+    k, v = cache.k.view(torch.uint8), cache.v.view(torch.uint8)
+    return LayerCache(k, v, cache.k_scale * factor, cache.v_scale * factor)
 
 
 def _arguments(q: Tensor, out: Tensor, tables: Tensor, cache: LayerCache, options: LayerOptions) -> tuple[float, ...]:
@@ -324,7 +362,9 @@ def _row_ends(prompts: list[Span]) -> NDArray[np.int32] | None:
 
 
 def _tiles(spans: list[Span], num_tokens: int) -> list[NDArray[np.int32]]:
-    """Each tile's span and first token."""
+    """Each tile's span and first token, those that see most first: what is begun last should not take longest."""
     counts = [-(-span.q_len // num_tokens) for span in spans]
-    firsts = [np.arange(count, dtype=np.int32) * num_tokens for count in counts]
-    return [np.repeat(np.arange(len(spans), dtype=np.int32), counts), np.concatenate(firsts)]
+    firsts = np.concatenate([np.arange(count, dtype=np.int32) * num_tokens for count in counts])
+    num_seen = firsts + np.repeat([span.kv_len - span.q_len for span in spans], counts)
+    order = np.argsort(-num_seen, kind="stable")
+    return [np.repeat(np.arange(len(spans), dtype=np.int32), counts)[order], firsts[order]]

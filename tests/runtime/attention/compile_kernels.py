@@ -1,8 +1,11 @@
-"""Builds the attention kernels for a GPU that need not be there, and says what came out.
+"""Builds what the backend would launch on a GPU that need not be there, and says what came out.
 
-A script; its arguments are a capability (90, say) and a folder.
+A script; its arguments are a capability (90, say) and a folder. It writes JSON: by case and kernel, registers, spills,
+shared memory, instructions, and asynchronous copies by their bytes.
 
-A process of its own, because the tests run with Triton's interpreter, which replaces its compiler.
+A process of its own, because the tests run with Triton's interpreter, which replaces its compiler. The backend computes
+a step over a real cache, on CPU tensors; its kernels are compiled for the arguments that they get, as before a launch,
+and not launched.
 """
 
 from __future__ import annotations
@@ -18,77 +21,103 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from lmserve.runtime.attention.base import CacheLayout, LayerCache, LayerOptions
-from lmserve.runtime.attention.triton import Shape, TritonBackend
-from lmserve.runtime.attention.triton_kernels import decode_kernel, prompt_kernel
+from lmserve.runtime.attention import triton as backend_module
+from lmserve.runtime.attention.base import CacheLayout, LayerOptions, Span
+from lmserve.runtime.attention.triton import TritonBackend
+from lmserve.runtime.kv_cache import KVCache, LayerShape
 
-HEADS, KV_HEADS = 32, 8
-LENGTHS = {"TABLES", "TABLE_ROWS", "KV_LENS", "ROWS", "Q_LENS", "TILE_SPAN", "TILE_FIRST", "ROW_ENDS"}
-PARTS = {"PARTS", "PART_MAX", "PART_SUM"}
-STRIDES = {"q_token", "q_head", "o_token", "o_head", "table_width", "window"}
-FORMATS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float8_e4m3fn: "*fp8e4nv"}
-
-
-def build(capability: int, *, is_decode: bool, head_size: int, cache_dtype: torch.dtype) -> dict[str, Any]:
-    """Registers, spills, shared memory, and how often instructions of a few kinds occur."""
-    backend = TritonBackend(CacheLayout(16, 8, torch.device("meta"), torch.bfloat16))
-    q = torch.empty(4, HEADS, head_size, dtype=torch.bfloat16)
-    pool = torch.empty(16, KV_HEADS, head_size, dtype=cache_dtype)
-    shape = Shape.of(q, LayerCache(pool, pool), capability, is_decode=is_decode)
-    constants = backend.constants(shape, LayerOptions(0.1), is_decode=is_decode)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    if not is_decode:
-        constants["HAS_ENDS"] = False
-    function = decode_kernel if is_decode else prompt_kernel
-    names = function.arg_names
-    signature = {}
-    for name in names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("KEYS", "VALUES"):
-            signature[name] = FORMATS[cache_dtype]
-        elif name in ("Q", "OUT", "SINKS"):
-            signature[name] = "*bf16"
-        elif name in LENGTHS | PARTS:
-            signature[name] = "*i32" if name in LENGTHS else "*fp32"
-        else:
-            signature[name] = "i32" if name in STRIDES else "fp32"
-    # what a launch finds out of its arguments: see test_real_arguments_are_aligned
-    aligned = {"Q", "OUT", "KEYS", "VALUES", "SINKS"} | LENGTHS | PARTS | STRIDES
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned}
-    source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return {"shared": kernel.metadata.shared, **look_at(kernel.asm["cubin"], kernel.asm["ptx"])}
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+EVERYTHING = LayerOptions(0.1, 4096, 30.0, torch.zeros(32, dtype=BF16))
+CASES = {
+    "128": (32, LayerShape(8, 128, 128), BF16, LayerOptions(0.1)),
+    "128 in 8 bits": (32, LayerShape(8, 128, 128), FP8, LayerOptions(0.1)),
+    "256 with everything": (8, LayerShape(4, 256, 256), BF16, EVERYTHING),
+    "512": (8, LayerShape(1, 512, 512), BF16, LayerOptions(0.1)),
+}
+SPANS = [
+    Span(0, 1, 700, list(range(44))),
+    Span(1, 1, 33, list(range(44, 47))),
+    Span(2, 9, 25, list(range(47, 49))),
+]
+KERNELS = {"write_kernel": "write", "decode_kernel": "decode", "combine_kernel": "combine", "prompt_kernel": "prompt"}
 
 
-def look_at(cubin: bytes, ptx: str) -> dict[str, Any]:
+class Elsewhere:
+    """In place of Triton's driver: names the GPU that is compiled for."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class CompiledOnly:
+    """In place of a kernel: compiles it when it would be launched."""
+
+    def __init__(self, kernel: Any, name: str, into: dict[str, Any]) -> None:
+        self._kernel, self._name, self._into = kernel, name, into
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile_(*arguments: Any, **constants: Any) -> None:
+            self._into[self._name] = self._kernel.run(*arguments, grid=grid, warmup=True, **constants)
+
+        return compile_
+
+
+def compile_step(capability: int, case: str) -> dict[str, Any]:
+    """The kernels of one layer's part of a step with decodes and a chunk."""
+    num_heads, shape, cache_dtype, options = CASES[case]
+    layout = CacheLayout(16, 60, torch.device("cpu"), BF16, cache_dtype)
+    cache = KVCache({0: shape}, layout).layers[0]
+    num_tokens = SPANS[-1].row + SPANS[-1].q_len
+    sizes = ((num_heads, shape.key_size), (shape.num_kv_heads, shape.key_size), (shape.num_kv_heads, shape.value_size))
+    q, k, v = (torch.zeros(num_tokens, heads * size, dtype=BF16).view(-1, heads, size) for heads, size in sizes)
+    backend = TritonBackend(layout)
+    backend.capability = capability
+    made: dict[str, Any] = {}
+    for attribute, name in KERNELS.items():
+        kernel = getattr(backend_module, attribute)
+        setattr(backend_module, attribute, CompiledOnly(getattr(kernel, "_kernel", kernel), name, made))
+    backend.write(k, v, cache, torch.arange(num_tokens))
+    backend.attend(q, k, v, cache, backend.plan(SPANS), options)
+    return made
+
+
+def look_at(kernel: Any, folder: Path) -> dict[str, Any]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    file = Path(sys.argv[2]) / "kernel.cubin"
-    file.write_bytes(cubin)
+    file = folder / "kernel.cubin"
+    file.write_bytes(kernel.asm["cubin"])
 
     def dump(option: str) -> str:
         return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
 
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
-    found = Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA|QMMA|LDGSTS|STL|LDL)\b", dump("--dump-sass")))
-    wide = len(
-        re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x10\b|cp\.async\.c[ag]\.shared\.global[^;]*?, 16\b", ptx)
-    )
-    return {**{key: int(value) for key, value in usage.items()}, "instructions": dict(found), "wide_copies": wide,
-            "copies": ptx.count("cp.async.c")}  # fmt: skip
+    found = re.findall(r"\b(HMMA|HGMMA|UTCHMMA|LDGSTS|STL|LDL)\b", dump("--dump-sass"))
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", kernel.asm["ptx"])
+    return {
+        **{key: int(value) for key, value in usage.items()},
+        "shared": kernel.metadata.shared,
+        "instructions": Counter(found),
+        "copies": Counter(int(num_bytes, 0) for num_bytes in copies),
+    }
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
-    formats = [torch.bfloat16] + ([torch.float8_e4m3fn] if capability >= 89 else [])
-    built = {}
-    for dtype in formats:
-        for is_decode in (True, False):
-            for head_size in (128, 256) if dtype == torch.bfloat16 else (128,):
-                name = f"{'decode' if is_decode else 'prompt'} {head_size} {str(dtype).removeprefix('torch.')}"
-                built[name] = build(capability, is_decode=is_decode, head_size=head_size, cache_dtype=dtype)
+    capability, folder = int(sys.argv[1]), Path(sys.argv[2])
+    triton.runtime.driver.set_active(Elsewhere(capability))
+    built = {
+        f"{name} {case}": look_at(kernel, folder)
+        for case in CASES
+        for name, kernel in compile_step(capability, case).items()
+    }
     print(json.dumps(built))  # noqa: T201
 
 

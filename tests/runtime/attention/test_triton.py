@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from lmserve.runtime.attention.base import CacheLayout, LayerCache, LayerOptions
+from lmserve.runtime import transfer
+from lmserve.runtime.attention.base import CacheLayout, LayerCache, LayerOptions, Span
 from lmserve.runtime.attention.reference import ReferenceBackend
-from lmserve.runtime.attention.triton import SEGMENTS, Decodes, Shape, TritonBackend
+from lmserve.runtime.attention.triton import SEGMENTS, Decodes, Shape, TritonBackend, _tiles
+from lmserve.runtime.kv_cache import KVCache, LayerShape
 from tests.runtime.test_attention import (
     BLOCK_SIZE,
     CPU,
@@ -41,7 +49,7 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_a_context_of_several_segments(options: LayerOptions) -> None:
-    case = make_case(((199, 1), (63, 1), (64, 1), (7, 1), (9, 3)))
+    case = make_case(((9, 3), (199, 1), (63, 1), (64, 1), (7, 1)))
     assert_close(run(ShortSegments, case, options), expected(case, options))
 
 
@@ -98,24 +106,136 @@ def test_writing_puts_each_token_into_its_row_and_leaves_the_others(dtype: torch
         assert int((pool != 7.0).any(-1).any(-1).sum()) == 4
 
 
-def test_writing_in_8_bits() -> None:
+def every_number() -> torch.Tensor:
+    """All that 8 bits can hold, what lies in the middle between two of them and close to it, and what is too large."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    positive = torch.cat([numbers, middles, middles * (1 + 1e-6), middles * (1 - 1e-6), torch.tensor([449, 1e9])])
+    return torch.cat([positive, -positive]).float()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_writing_in_8_bits(scale: float) -> None:
+    numbers = every_number() * scale
+    k = torch.cat([numbers, numbers.new_zeros(-len(numbers) % 64)]).view(-1, 4, 16)
+    num_tokens = len(k)
+    layout = CacheLayout(4, -(-num_tokens // 4), CPU, torch.float32)
+    kept = []
+    for backend in (TritonBackend(layout), ReferenceBackend(layout)):
+        pools = [torch.zeros(layout.num_slots, 4, 16).to(torch.float8_e4m3fn) for _ in range(2)]
+        backend.write(k, -k, LayerCache(pools[0], pools[1], scale, scale), torch.arange(num_tokens))
+        kept.append(torch.cat(pools, dim=2))
+    assert torch.equal(*(rows.view(torch.uint8) for rows in kept))
+    assert kept[0].double().abs().max() == 448
+
+
+def test_writing_in_8_bits_by_the_gpus_own_conversion() -> None:
     """As the reference, but for the interpreter, which halves what is rounded up to a power of two."""
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(9, 3, size, generator=generator) for size in (24, 16))
+    k[0, 0, 0] = 1e9
     layout = CacheLayout(4, 9, CPU, torch.float32)
+    converting = TritonBackend(layout)
+    converting.capability = 90
     kept = []
-    for backend in (TritonBackend(layout), ReferenceBackend(layout)):
-        keys, values = (torch.zeros(40, 3, size).to(torch.float8_e4m3fn) for size in (24, 16))
-        cache = LayerCache(keys, values, k_scale=0.5, v_scale=0.02)
-        backend.write(k, v, cache, torch.arange(9))
-        kept.append(torch.cat([cache.k[:9].float() * 0.5, cache.v[:9].float() * 0.02], dim=2))
+    for backend in (converting, ReferenceBackend(layout)):
+        k_pool, v_pool = (torch.zeros(40, 3, size).to(torch.float8_e4m3fn) for size in (24, 16))
+        backend.write(k, v, LayerCache(k_pool, v_pool, k_scale=0.5, v_scale=0.02), torch.arange(9))
+        kept.append(torch.cat([k_pool[:9].float() * 0.5, v_pool[:9].float() * 0.02], dim=2))
     found, wanted = kept
     assert (found == wanted).double().mean() > 0.95
+    assert found[0, 0, 0] == 224
     torch.testing.assert_close(found, wanted, rtol=0.51, atol=1e-3)
 
 
+@pytest.mark.parametrize("capability", [0, 90])
+@pytest.mark.parametrize("options", [PLAIN, OPTIONS["window, softcap and sinks"]], ids=["plain", "everything"])
+def test_reading_8_bits_over_several_segments(options: LayerOptions, capability: int) -> None:
+    """As bits, and by the GPU's own conversion; the scales are those of the parts that are put together, too."""
+    case = make_case(((3, 9), (100, 1), (40, 1)))
+    pools = [pool.clamp(-40, 40).to(torch.float8_e4m3fn) for pool in (case.cache.k, case.cache.v)]
+    cache = LayerCache(pools[0], pools[1], k_scale=0.5, v_scale=0.02)
+    backend = ShortSegments(CacheLayout(BLOCK_SIZE, NUM_BLOCKS, CPU, torch.float32))
+    plan = backend.plan(case.spans)
+    backend.capability = capability
+    reference = ReferenceBackend(backend.layout)
+    wanted = reference.attend(case.q, case.k, case.v, cache, reference.plan(case.spans), options)
+    assert backend.as_bits(cache) == (capability == 0)
+    assert_close(backend.attend(case.q, case.k, case.v, cache, plan, options), wanted.double())
+
+
+class NewMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
+    """Counts the numbers that memory is asked for. The interpreter's own copies are none of it."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.new_empty.default:
+            self.num_elements += made.numel()
+        return made
+
+
+def test_parts_of_decodes_take_no_memory_for_the_rows_of_prompts() -> None:
+    case = make_case(((0, 60), (100, 1)))
+    backend = ShortSegments(CacheLayout(BLOCK_SIZE, NUM_BLOCKS, CPU, torch.float32))
+    plan = backend.plan(case.spans)
+    with NewMemory() as new:  # type: ignore[no-untyped-call]
+        found = backend.attend(case.q, case.k, case.v, case.cache, plan, PLAIN)
+    assert new.num_elements == found.numel() + 4 * SEGMENTS * (16 + 2)
+    assert_close(found, expected(case, PLAIN))
+
+
+@pytest.fixture
+def _new_memory_holds_no_numbers() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_new_memory_holds_no_numbers")
+@pytest.mark.parametrize("num_padded", [0, 3])
+def test_every_row_is_written_or_zero(num_padded: int) -> None:
+    case = make_case(((30, 1), (5, 6)), heads=6)
+    q, k, v = (torch.cat([x, x.new_ones(num_padded, *x.shape[1:])]) for x in (case.q, case.k, case.v))
+    assert torch.empty(3).isnan().all(), "or this test proves nothing"
+    backend = ShortSegments(CacheLayout(BLOCK_SIZE, NUM_BLOCKS, CPU, torch.float32))
+    found = backend.attend(q, k, v, case.cache, backend.plan(case.spans), PLAIN)
+    assert_close(found[:7], expected(case, PLAIN))
+    assert not found[7:].any()
+    tables, lengths = torch.full((4, 8), NUM_BLOCKS, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    plan = backend.plan_decode(tables, torch.arange(4), lengths)
+    assert not backend.attend(q[:4], k[:4], v[:4], case.cache, plan, PLAIN).any(), "padding"
+
+
+def test_a_step_crosses_to_the_device_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once more, in its first layer, where the tiles of prompts are."""
+    sent: list[int] = []
+    real = transfer.send
+
+    def counted(numbers: NDArray[np.int32], device: torch.device) -> torch.Tensor:
+        sent.append(numbers.size)
+        return real(numbers, device)
+
+    monkeypatch.setattr("lmserve.runtime.attention.triton.send", counted)
+    case = make_case(((0, 7), (30, 1), (5, 6)), images=(((2, 5),), (), ()))
+    backend = TritonBackend(CacheLayout(BLOCK_SIZE, NUM_BLOCKS, CPU, torch.float32))
+    plan = backend.plan(case.spans)
+    assert len(sent) == 1
+    for _ in range(3):
+        backend.attend(case.q, case.k, case.v, case.cache, plan, PLAIN)
+    assert len(sent) == 2
+
+
+def test_what_takes_longest_is_begun_first() -> None:
+    spans = [Span(0, 40, 40, [0] * 10), Span(40, 20, 90, [0] * 23)]
+    span, first = _tiles(spans, 16)
+    assert list(zip(span.tolist(), first.tolist(), strict=True)) == [(1, 16), (1, 0), (0, 32), (0, 16), (0, 0)]
+    assert span.dtype == first.dtype == np.int32
+
+
 def test_what_a_launch_reads_is_aligned_to_16_bytes() -> None:
-    """So that it loads 16 bytes at a time, as ``test_triton_compiled.py`` assumes."""
+    """Or copies of 16 bytes, for which ``test_triton_compiled.py`` looks, would be none."""
     case = make_case(((70, 1), (11, 1), (5, 9)))
     backend = TritonBackend(CacheLayout(BLOCK_SIZE, NUM_BLOCKS, CPU, torch.float32))
     plan = backend.plan(case.spans)
@@ -125,8 +245,30 @@ def test_what_a_launch_reads_is_aligned_to_16_bytes() -> None:
     base = min(tensor.data_ptr() for tensor in sent)
     assert all((tensor.data_ptr() - base) % 16 == 0 for tensor in sent)
     assert plan.decodes.tables.stride(0) % 4 == 0
-    q = torch.empty(1, 32, 4, 128, dtype=torch.bfloat16)[0].transpose(0, 1)
-    pool = torch.empty(16, 8, 128, dtype=torch.bfloat16)
-    shape = Shape.of(q, LayerCache(pool, pool), 90, is_decode=True)
-    assert all(stride % 16 == 0 for stride in (q.stride(0), q.stride(1), *pool.stride()[:2]))
-    assert (shape.constants["D1"], shape.constants["D2"], shape.constants["DVP"]) == (128, 0, 128)
+    cache = KVCache({0: LayerShape(8, 128, 64)}, backend.layout).layers[0]
+    assert all(pool.data_ptr() % 16 == 0 and pool.is_contiguous() for pool in (cache.k, cache.v))
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_decode", [True, False])
+def test_tiles_are_what_products_take_and_shrink_with_the_heads(
+    capability: int, dtype: torch.dtype, is_decode: bool
+) -> None:
+    sizes = []
+    for head_size in (16, 64, 80, 128, 256, 576):
+        q, pool = torch.empty(1, 8, head_size, dtype=dtype), torch.empty(4, 2, head_size, dtype=dtype)
+        shape = Shape.of(q, LayerCache(pool, pool), capability, is_decode=is_decode)
+        assert 16 <= shape.rows <= 128
+        assert 16 <= shape.keys <= 64
+        sizes.append((shape.rows, shape.keys))
+    assert sizes == sorted(sizes, reverse=True)
+    assert (
+        sizes[3]
+        == {
+            (True, torch.bfloat16): (16, 64),
+            (True, torch.float32): (16, 32),
+            (False, torch.bfloat16): (128, 64 if capability >= 90 else 32),
+            (False, torch.float32): (32, 32 if capability >= 90 else 16),
+        }[is_decode, dtype]
+    )
