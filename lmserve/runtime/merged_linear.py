@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 GROUPS = "merged_groups"
-"""The attribute of a parent that holds its groups, and the name of the hook that makes them forget."""
+"""The attribute of a parent that holds its groups."""
 
 
 @dataclass(slots=True)
@@ -156,12 +156,12 @@ def merge_linears(model: nn.Module, run: Callable[[], object]) -> int:
     """
     with torch.inference_mode(False), torch.no_grad():
         groups = _find(model, run)
-        for calls in groups:
-            _merge(calls)
+        hooks = [_merge(calls) for calls in groups]
         try:
             run()
         except RuntimeError:
-            for calls in groups:
+            for calls, hook in zip(groups, hooks, strict=True):
+                hook.remove()
                 _undo(calls)
             return 0
     return len(groups)
@@ -208,12 +208,11 @@ def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
         for module in model.modules()
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     )
-    names = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
-    times = Counter(id(child) for _, _, child in names)
     return [
         (parent, name, child)
-        for parent, name, child in names
-        if type(child) is nn.Linear and times[id(child)] == 1 and _is_plain(child, owners)
+        for parent in model.modules()
+        for name, child in parent._modules.items()  # by all its names: one that has several is seen more than once
+        if type(child) is nn.Linear and _is_plain(child, owners)
     ]
 
 
@@ -228,8 +227,11 @@ def _is_plain(layer: nn.Linear, owners: Counter[int]) -> bool:
     )
 
 
-def _merge(calls: list[_Call]) -> None:
-    """One product for the layers of the calls. Their weights are there twice only while they are copied."""
+def _merge(calls: list[_Call]) -> Any:
+    """One product for the layers of the calls. Their weights are there twice only while they are copied.
+
+    Returns the handle of a hook of their parent's.
+    """
     layers = [call.layer for call in calls]
     sizes = [layer.out_features for layer in layers]
     product = nn.Linear(layers[0].in_features, sum(sizes), bias=layers[0].bias is not None, device="meta")
@@ -243,16 +245,13 @@ def _merge(calls: list[_Call]) -> None:
         setattr(call.parent, call.name, MergedLinear(group, index, sum(sizes[:index]), call.layer))
     parent: Any = calls[0].parent
     setattr(parent, GROUPS, (*getattr(parent, GROUPS, ()), group))
-    # Under a name, not a number that torch counts on: by that torch.compile would tell one layer from the next.
-    parent._forward_pre_hooks[GROUPS] = _forget
+    return parent.register_forward_pre_hook(_forget)  # a function for all: torch.compile takes layers for alike
 
 
 def _undo(calls: list[_Call]) -> None:
     """Puts the layers back; their weights stay views of one tensor, which changes nothing."""
     for call in calls:
         setattr(call.parent, call.name, call.layer)
-    parent: Any = calls[0].parent
-    parent._forward_pre_hooks.pop(GROUPS, None)
 
 
 def _forget(parent: Any, _: tuple[Any, ...]) -> None:

@@ -61,9 +61,9 @@ def test_the_stock_forward_runs_as_written_and_nothing_is_forgotten_over_it() ->
     backend.num_runs = 0
     for _ in range(2):
         with lane.stock_attention():
-            lane.model(input_ids=torch.arange(9)[None])
+            lane.model(input_ids=torch.arange(9)[None], use_cache=False)
         with lane.watched(lambda module, q, k, v, *_: q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])):
-            lane.model(input_ids=torch.arange(9)[None], position_ids=torch.arange(9)[None])
+            lane.model(input_ids=torch.arange(9)[None], position_ids=torch.arange(9)[None], use_cache=False)
     assert backend.num_runs == 0
     assert torch.allclose(logits(lane, 9), expected, rtol=1e-4, atol=1e-5)
     assert (backend.num_runs, backend.num_compiled) == (2, 1)

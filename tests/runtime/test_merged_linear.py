@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmserve.runtime.merged_linear import HandedOverLinear, MergedLinear, hand_over_products, merge_linears
@@ -132,6 +133,17 @@ def test_nothing_stale_is_taken_for_an_input_that_was_overwritten(
         block(buffer, first)
         buffer.copy_(torch.randn(1, 3, 8))
         assert same(block(buffer, second), alone(block, buffer, second))
+
+
+@torch.inference_mode()
+def test_columns_are_taken_once() -> None:
+    """Whoever calls the layers without their parent."""
+    block, x = Block(), torch.randn(1, 3, 8)
+    assert merged(block) == 1
+    block.q(x)
+    block.k(x)
+    x.copy_(torch.randn(1, 3, 8))
+    assert torch.allclose(block.k(x), alone(block, x, "k")["k"], rtol=1e-5, atol=1e-6)
 
 
 def test_another_input_is_another_product() -> None:
@@ -281,4 +293,7 @@ def test_products_can_be_quantized_once_they_are_handed_over() -> None:
     assert quantize(model, "int8") == 4 * (1 + 1 + 1 + 1) + 1
     assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj.product"), Int8Linear)
     assert 0 < norm_error(logits(attach(model)[0], 9), expected) < 0.1
-    assert norm_error(layer.weight, weight) < 0.02
+    assert 0 < norm_error(layer.weight, weight) < 0.02
+    x = torch.randn(1, 5, layer.in_features)
+    assert norm_error(layer(x), linear(x, layer.weight, layer.bias)) < 0.02
+    assert not torch.equal(layer(x), linear(x, weight, layer.bias))
