@@ -10,7 +10,8 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -28,10 +29,11 @@ from lmserve.models.downloads import Downloads
 from lmserve.models.entry import ModelEntry
 from lmserve.models.life import Observer
 from lmserve.models.manager import ModelManager
+from lmserve.models.usage import percent
 from lmserve.service.chat_images import ChatImages, image_limits
 from lmserve.service.encoding import EncodingService
 from lmserve.service.generation import GenerationService
-from lmserve.service.log_stream import LogStream, LogStreamHandler, runtime_event
+from lmserve.service.log_stream import LogEvent, LogStream, LogStreamHandler, device_event, runtime_event
 from lmserve.service.texts import Texts
 
 EXIT_OK = 0
@@ -142,6 +144,15 @@ class _Teller(Observer):
         if self.texts is not None:
             self.texts.forget(entry)
 
+    def looked(self, entries: Sequence[ModelEntry]) -> None:
+        """One event for each device."""
+        devices: dict[str, list[ModelEntry]] = {}
+        for entry in entries:
+            if entry.usage is not None and entry.usage.device is not None:
+                devices.setdefault(entry.usage.device.name, []).append(entry)
+        for those in devices.values():
+            self._log.publish(partial(_usage_event, those))
+
     def downloaded(self, models: ModelManager) -> None:
         """A model has come: it is known from now on."""
         self._spawn(models.refresh(0.0))
@@ -159,6 +170,24 @@ class _Teller(Observer):
             with contextlib.suppress(LMServeError):
                 if await self.texts.reads_images(entry) and self.images is not None:
                     await self.images.prepare(entry)
+
+
+def _usage_event(entries: Sequence[ModelEntry]) -> LogEvent:
+    """Of one device, which all the entries run on."""
+    usages = [(entry, entry.usage) for entry in entries if entry.usage is not None]
+    device = usages[0][1].device
+    assert device is not None
+    facts = {
+        "device": device.name,
+        "memoryTotalBytes": device.total_bytes,
+        "memoryUsedBytes": device.used_bytes,
+        "utilizationPercent": percent(device.utilization),
+    }
+    models = [
+        {"modelIdentifier": entry.model_id, "memoryBytes": usage.own_bytes, "cpuPercent": percent(usage.cpu)}
+        for entry, usage in usages
+    ]
+    return device_event(facts, models)
 
 
 class _HttpServer(uvicorn.Server):

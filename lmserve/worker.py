@@ -14,6 +14,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 from lmserve.config import ModelConfig
 from lmserve.engine.connection import ConnectionClosed, WorkerConnection
@@ -38,6 +39,7 @@ from lmserve.runtime.encoder.build import build_encoder
 from lmserve.runtime.encoder.plan import plan_encoder
 from lmserve.runtime.encoder.recipe import choose_task
 from lmserve.runtime.interface import EncoderRunner, FatalRunnerError, MemoryPlan, ModelRunner
+from lmserve.runtime.memory import device_memory
 from lmserve.runtime.memory_plan import plan_memory
 
 PR_SET_PDEATHSIG = 1
@@ -57,7 +59,7 @@ def main(fd: int) -> int:
         gc.collect()
         gc.freeze()  # the model's objects never die: the collector need not walk them during a step
         _give_memory_back()
-        connection.send(Ready(runner.info))
+        connection.send(Ready(replace(runner.info, device_memory=device_memory(runner.info.device))))
         if isinstance(runner, EncoderRunner):
             run_engine(EncoderCore(runner), connection)
         else:

@@ -165,7 +165,8 @@ def _about_tokens(service: GenerationService, config: ApiSettings) -> list[Opera
 def _about_the_server(models: Models, log: LogStream, config: ApiSettings) -> list[Operation]:
     model_list, health = ModelsEndpoint(models), HealthEndpoint(models)
     cannot = {503: "It cannot, and why"}
-    query = {"types": "only these types, with commas between", "token_ids": "1: with token ids"}
+    types = "only these types, with commas between; none: all but device.usage"
+    query = {"types": types, "token_ids": "1: with token ids"}
     stream = LogEndpoint(log, config).stream
     return [
         Operation("GET", "/v1/models", model_list.list, "The models that can be asked", answer=ModelList),

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from lmserve.api.settings import ApiSettings
 from lmserve.api.sse import EventStream, event
 from lmserve.errors import InvalidRequest
-from lmserve.service.log_stream import LogStream, Subscription
+from lmserve.service.log_stream import DEVICE_USAGE, LogStream, Subscription
 
 TYPES = (
     "llm.prediction.input",
@@ -18,7 +18,7 @@ TYPES = (
     "embedding.input",
     "embedding.progress",
     "embedding.output",
-) + ("server.log", "runtime.log")
+) + ("server.log", "runtime.log", DEVICE_USAGE)
 _FLAGS = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 
@@ -30,7 +30,7 @@ class LogEndpoint:
         self._settings = settings
 
     async def stream(self, request: Request) -> EventStream:
-        """``?types=a,b`` only these; ``?token_ids=1`` with token ids."""
+        """``?types=a,b`` only these, else all but device.usage; ``?token_ids=1`` with token ids."""
         types, token_ids = _parse_query(request.query_params)
         return EventStream(self._events(types, token_ids), keep_alive=self._settings.keep_alive_seconds)
 

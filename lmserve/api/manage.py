@@ -17,6 +17,7 @@ from lmserve.api.body import ignored_header, read_request
 from lmserve.api.openapi import Operation
 from lmserve.api.schema.manage import (
     Capabilities,
+    Device,
     Instance,
     InstanceConfig,
     LoadAnswer,
@@ -36,6 +37,7 @@ from lmserve.api.sse import EventStream, event, unless_disconnected
 from lmserve.errors import InvalidRequest
 from lmserve.models.entry import LoadOptions, ModelEntry
 from lmserve.models.manager import ModelManager
+from lmserve.models.usage import WorkerUsage, percent
 from lmserve.service.request import context_length
 
 BASE = "/api/v1/models"
@@ -72,6 +74,7 @@ class ManageEndpoint:
     async def list(self, _: Request) -> Response:
         """Every known model once, with its instances."""
         await self._manager.refresh()
+        await self._manager.look_at_devices()
         models: dict[str, list[ModelEntry]] = {}
         for entry in self._manager.entries():
             models.setdefault(entry.known.model_id, []).append(entry)
@@ -101,13 +104,14 @@ class ManageEndpoint:
     ) -> LoadAnswer:
         began = time.monotonic()
         entry = await self._manager.load(body.model, options, begun)
+        await self._manager.look_at_devices()
         return LoadAnswer(
             type=_type(entry),
             instance_id=entry.model_id,
             load_time_seconds=round(time.monotonic() - began, 3),
             status="loaded",
             load_config=_config(entry) if body.echo_load_config else None,
-            memory_bytes=entry.resident_bytes,
+            memory_bytes=entry.own_bytes,
         )
 
     async def _events(self, body: LoadRequest, options: LoadOptions) -> AsyncGenerator[bytes, None]:
@@ -202,7 +206,7 @@ def _instance(entry: ModelEntry) -> Instance:
     info = entry.info
     stats = None if info is None else entry.engine.stats
     num_running = 0 if stats is None else stats.num_running
-    busy = entry.num_users > 0
+    busy, usage = entry.num_users > 0, entry.usage
     assert entry.state != "not-loaded"
     return Instance(
         id=entry.model_id,
@@ -217,12 +221,22 @@ def _instance(entry: ModelEntry) -> Instance:
         ttl_seconds=entry.ttl_seconds,
         ttl_left_seconds=entry.ttl_left_seconds,
         memory_bytes=entry.resident_bytes,
+        device=_device(usage),
+        device_memory_bytes=entry.own_bytes,
+        cpu_percent=None if usage is None else percent(usage.cpu),
         estimated_bytes=0 if entry.plan is None else entry.plan.total_bytes,
         load_time_seconds=0.0 if info is None else info.load_seconds,
         lane="" if info is None else info.lane,
         restarts=entry.restarts,
         failure=entry.failure,
     )
+
+
+def _device(usage: WorkerUsage | None) -> Device | None:
+    if usage is None or usage.device is None:
+        return None
+    device = usage.device
+    return Device(device.name, device.total_bytes, device.used_bytes, percent(device.utilization))
 
 
 def _config(entry: ModelEntry) -> InstanceConfig | None:

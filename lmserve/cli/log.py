@@ -1,4 +1,4 @@
-"""``lmserve log stream``: what the models of a running server receive and answer, in LM Studio's layout."""
+"""``lmserve log stream``: what a running server's models receive and answer, in LM Studio's layout, and its devices."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from lmserve.cli.client import connect
 from lmserve.cli.options import ApiKey, Url
 from lmserve.cli.pipes import until_the_reader_leaves
+from lmserve.cli.tables import format_size
 from lmserve.cli.terminal import is_terminal, say, visible
 from lmserve.errors import LMServeError
 
@@ -23,7 +24,9 @@ EPILOG = """Examples:
   lmserve log stream
   lmserve log stream --filter input
   lmserve log stream --stats --json | jq .stats.tokensPerSecond
-  lmserve log stream --source server"""
+  lmserve log stream --source server
+  lmserve log stream --source device --json"""
+_DEVICE_USAGE = "device.usage"
 _OF_MODELS = ("llm.prediction.", "embedding.")
 _TEXTS = ("input", "output")
 _IN_PLACE = ("timestamp", "type", "modelIdentifier", "modelPath", "choices", "stats", "inputs", *_TEXTS)
@@ -38,6 +41,7 @@ class Source(str, Enum):
     MODEL = "model"
     SERVER = "server"
     RUNTIME = "runtime"
+    DEVICE = "device"
 
 
 class WrongFilter(LMServeError):
@@ -53,7 +57,10 @@ def log() -> None:
 @until_the_reader_leaves
 def stream(
     source: Annotated[
-        Source, typer.Option("--source", "-s", help="Texts of the models, or what server or runtime say.")
+        Source,
+        typer.Option(
+            "--source", "-s", help="Texts of the models, what server or runtime say, or figures of the devices."
+        ),
     ] = Source.MODEL,
     filter_: Annotated[
         str | None, typer.Option("--filter", metavar="input,output", help="Of the models: only one direction.")
@@ -93,7 +100,7 @@ def event_types(source: Source, filter_: str | None) -> tuple[str, ...]:
     if source is not Source.MODEL:
         if filter_ is not None:
             raise WrongFilter("--filter can only be used with --source model")
-        return (f"{source.value}.log",)
+        return (_DEVICE_USAGE,) if source is Source.DEVICE else (f"{source.value}.log",)
     if filter_ is None:
         return _types(_TEXTS)
     if not filter_.strip():
@@ -121,6 +128,9 @@ def format_event(event: Mapping[str, Any], *, stats: bool = False) -> Iterator[s
     kind = event["type"]
     if kind == "runtime.log":
         yield _runtime_line(event)
+        return
+    if kind == _DEVICE_USAGE:
+        yield _usage_line(event)
         return
     if not kind.startswith(_OF_MODELS):
         yield str(event.get("content", event.get("message", "")))
@@ -172,6 +182,23 @@ def _runtime_line(event: Mapping[str, Any]) -> str:
         str(event.get("message", "")),
     ]
     return " ".join(part for part in parts if part)
+
+
+def _usage_line(event: Mapping[str, Any]) -> str:
+    """``09:22:34 cuda:0 97% busy, 70.2 GiB of 79.6 GiB used; tiny 36.1 GiB``, without what is not known."""
+    time = datetime.fromtimestamp(event["timestamp"] / 1000).strftime("%H:%M:%S")
+    used, total = event.get("memoryUsedBytes"), format_size(event["memoryTotalBytes"])
+    memory = f"{total} of memory" if used is None else f"{format_size(used)} of {total} used"
+    busy = _with_unit(event.get("utilizationPercent"), "% busy")
+    models = (
+        [each["modelIdentifier"], format_size(each["memoryBytes"]), *_with_unit(each.get("cpuPercent"), "% CPU")]
+        for each in event["models"]
+    )
+    return "; ".join([f"{time} {event['device']} {', '.join([*busy, memory])}", *map(" ".join, models)])
+
+
+def _with_unit(percent: float | None, unit: str) -> list[str]:
+    return [] if percent is None else [f"{percent:.0f}{unit}"]
 
 
 def _one_line(value: object) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lmserve.api.schema.manage import Instance, ManagedModel
+from lmserve.api.schema.manage import Device, Instance, ManagedModel
 from lmserve.cli.client import connect
 from lmserve.cli.options import ApiKey, AsJson, Url
 from lmserve.cli.tables import format_seconds, format_size, print_json, print_table
@@ -96,7 +96,8 @@ def ps(url: Url = "", api_key: ApiKey = "", as_json: AsJson = False) -> None:
     elif not found:
         say(NONE_LOADED)
     else:
-        columns = ["IDENTIFIER", "MODEL", "STATUS", "SIZE", "CONTEXT", "PARALLEL", "WEIGHTS", "DEVICE", "TTL"]
+        columns = ["IDENTIFIER", "MODEL", "STATUS", "SIZE", "CONTEXT", "PARALLEL", "WEIGHTS", "DEVICE", "BUSY"]
+        columns += ["DEVICE MEMORY", "TTL"]
         print_table("", columns, [_instance_row(model, instance) for model, instance in found])
 
 
@@ -110,13 +111,31 @@ def _instance_row(model: ManagedModel, instance: Instance) -> list[str]:
         instance.id,
         model.key,
         _status(instance),
-        format_size(instance.memory_bytes) if instance.memory_bytes else _UNKNOWN,
+        format_size(instance.device_memory_bytes) if instance.device_memory_bytes else _UNKNOWN,
         str(config.context_length) if config else _UNKNOWN,
         str(config.parallel) if config else _UNKNOWN,
         config.dtype.partition(" ")[0] if config else _UNKNOWN,
         config.device.upper() if config else _UNKNOWN,
+        _busy(instance),
+        _device_memory(instance.device),
         _time_to_live(instance),
     ]
+
+
+def _busy(instance: Instance) -> str:
+    """Of the processors what this worker takes; of a GPU what all do there, for it is not told apart."""
+    device = instance.device
+    on_gpu = device is not None and not device.name.startswith("cpu")
+    percent = device.utilization_percent if device is not None and on_gpu else instance.cpu_percent
+    return _UNKNOWN if percent is None else f"{percent:.0f}%"
+
+
+def _device_memory(device: Device | None) -> str:
+    """Used and all."""
+    if device is None:
+        return _UNKNOWN
+    used = _UNKNOWN if device.memory_used_bytes is None else format_size(device.memory_used_bytes)
+    return f"{used} / {format_size(device.memory_total_bytes)}"
 
 
 def _status(instance: Instance) -> str:

@@ -64,6 +64,6 @@ def _print_facts(facts: dict[str, Any]) -> None:
     print("Health: ok" if facts["healthy"] else visible(f"Health: unavailable ({facts['reason']})"))
     print("\nLoaded models" if facts["models"] else "\nNo models are loaded.")
     for instance in facts["models"]:
-        known = [format_size(instance.memory_bytes)] if instance.memory_bytes else []
+        known = [format_size(instance.device_memory_bytes)] if instance.device_memory_bytes else []
         known += [instance.state] if instance.state != "loaded" else []
         print(visible(f"  · {instance.id} - {', '.join(known)}"))

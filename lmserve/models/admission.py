@@ -68,14 +68,18 @@ class Admission:
             planning.cancel()
 
     def reserved_bytes(self, newcomer: ModelEntry) -> int:
-        """What the others may still take."""
-        return sum(entry.promised_bytes for entry in self._entries() if entry is not newcomer)
+        """What the others may still take of the device, as far as it is known which that will be."""
+        wanted = newcomer.config.device
+        others = [(e, e.plan) for e in self._entries() if e is not newcomer and e.plan is not None]
+        return sum(entry.promised_bytes for entry, plan in others if wanted in ("auto", device_type(plan)))
 
     def leaving(self, newcomer: ModelEntry, plan: MemoryPlan) -> list[ModelEntry]:
         """The models that would be unloaded so that it fits; none if it fits as it is, or would not fit even then."""
-        idle = [e for e in self._entries() if e is not newcomer and e.is_idle and e.is_just_in_time and e.plan]
+        if plan.share_bytes and plan.peak_bytes > plan.share_bytes:
+            return []
+        idle = [e for e in self._others_on(plan, newcomer) if e.is_idle and e.is_just_in_time]
         idle.sort(key=lambda entry: entry.idle_since)
-        missing = plan.total_bytes - plan.free_bytes
+        missing = plan.peak_bytes - plan.free_bytes
         leaving = []
         for entry in idle:
             if missing <= 0:
@@ -91,14 +95,43 @@ class Admission:
             f"Model {newcomer.model_id} needs {size(plan.total_bytes)} on {plan.device} "
             f"(weights {size(plan.weight_bytes)} in {plan.dtype}, KV cache {size(plan.kv_cache_bytes)} for "
             f"{plan.kv_cache_tokens:,} tokens, activations {size(plan.activation_bytes)}, fixed "
-            f"{size(plan.fixed_bytes)}), and {size(plan.free_bytes)} are free"
+            f"{size(plan.fixed_bytes)}), {_for_a_while(plan)}and {size(plan.free_bytes)} {_limit(plan)}"
         )
         if plan.fits:
             return f"{needs}: it fits."
         if leaving := self.leaving(newcomer, plan):
             return f"{needs}: it fits once {', '.join(entry.model_id for entry in leaving)} is unloaded."
-        staying = [_why_it_stays(e) for e in self._entries() if e is not newcomer and e.plan is not None]
-        return f"{needs}: it does not fit. " + (f"Loaded: {'; '.join(staying)}." if staying else "Nothing is loaded.")
+        staying = [_why_it_stays(e) for e in self._others_on(plan, newcomer)]
+        loaded = f"Loaded: {'; '.join(staying)}." if staying else "Nothing is loaded."
+        return f"{needs}: it does not fit. {loaded}{_advice(plan, bool(staying))}"
+
+    def _others_on(self, plan: MemoryPlan, newcomer: ModelEntry) -> list[ModelEntry]:
+        """The others that have, or may take, memory of the same kind of device."""
+        others = [(e, e.plan) for e in self._entries() if e is not newcomer and e.plan is not None]
+        return [entry for entry, its in others if device_type(its) == device_type(plan)]
+
+
+def device_type(plan: MemoryPlan) -> str:
+    return plan.device.partition(":")[0]
+
+
+def _for_a_while(plan: MemoryPlan) -> str:
+    if plan.peak_bytes == plan.total_bytes:
+        return ""
+    return f"{size(plan.peak_bytes)} while its weights are brought into fewer bits, "
+
+
+def _limit(plan: MemoryPlan) -> str:
+    return f"are free of the {size(plan.share_bytes)} that one model may have" if plan.share_bytes else "are free"
+
+
+def _advice(plan: MemoryPlan, others: bool) -> str:
+    """A GPU's first model takes all of its share for its KV cache, which need not be so much."""
+    if not plan.share_bytes:
+        return ""
+    if plan.peak_bytes > plan.share_bytes:
+        return " gpu_memory_utilization says how much of the GPU one model may have."
+    return " With a lower gpu_memory_utilization or kv_cache_memory they would leave more." if others else ""
 
 
 def _why_it_stays(entry: ModelEntry) -> str:

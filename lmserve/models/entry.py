@@ -14,6 +14,7 @@ from lmserve.engine.async_engine import AsyncEngine
 from lmserve.errors import InvalidRequest, ModelLoadFailed, NotReady
 from lmserve.models.facts import ModelFacts, ModelType
 from lmserve.models.registry import KnownModel
+from lmserve.models.usage import Watched, WorkerUsage
 from lmserve.models.worker_process import Worker
 from lmserve.runtime.interface import MemoryPlan, RunnerInfo, Task
 
@@ -87,6 +88,8 @@ class ModelEntry:
     """From the start of its process on."""
     plan: MemoryPlan | None = None
     """What it may take in the end, from before its weights are read."""
+    usage: WorkerUsage | None = None
+    """What its worker has of the device, as it was last looked at; None: it was not."""
     num_users: int = 0
     """Requests that need it loaded: none of them ends with it."""
     idle_since: float = field(default_factory=time.monotonic)
@@ -146,16 +149,46 @@ class ModelEntry:
         return 0 if self.worker is None else self.worker.resident_bytes
 
     @property
+    def own_bytes(self) -> int:
+        """Memory of its device that its process has, as far as that can be told."""
+        if self.usage is None or self.usage.device is None or self.usage.device.name.startswith("cpu"):
+            return self.resident_bytes
+        return self.usage.own_bytes
+
+    @property
+    def watched(self) -> Watched | None:
+        """Its worker, as who looks at devices wants to know it; None: there is none."""
+        if self.worker is None:
+            return None
+        pid, info = self.worker.process.pid, self.info
+        if info is not None:
+            return Watched(pid, info.device, info.device_memory)
+        return Watched(pid, "" if self.plan is None else self.plan.device)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether its worker has something to do."""
+        return self.worker is not None and (self.state == "loading" or self.num_users > 0)
+
+    @property
     def promised_bytes(self) -> int:
         """What it has not taken yet of what it may take.
 
-        A CPU gives the KV cache's pages when they are first written to; a GPU's memory is all taken when it is loaded.
+        A CPU gives the KV cache's pages when they are first written to. Of a GPU's memory large steps take some for a
+        while, and those that are captured later for good.
         """
         if self.plan is None:
             return 0
         if self.plan.device.startswith("cpu"):
             return max(0, self.plan.total_bytes - self.resident_bytes)
-        return 0 if self.state == "loaded" else self.plan.total_bytes
+        has = self.usage.own_bytes if self.usage is not None and self.usage.device is not None else 0
+        info = self.info
+        if info is None:
+            return max(0, self.plan.peak_bytes - has)
+        if info.device_memory is not None:
+            has = max(has, info.device_memory.own_bytes)
+        will_have = info.weight_bytes + info.kv_cache_bytes + self.plan.activation_bytes + self.plan.fixed_bytes
+        return max(0, will_have - has) if has else 0
 
     @property
     def task(self) -> Task | None:

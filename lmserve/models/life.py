@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +41,9 @@ class Observer:
 
     def unloaded(self, entry: ModelEntry) -> None:
         """It is gone, or failed: what is kept for it can go too."""
+
+    def looked(self, entries: Sequence[ModelEntry]) -> None:
+        """How full and busy their devices are was looked at, while one of them runs or has just done so."""
 
 
 async def placed(config: ModelConfig, starter_cache: Path) -> ModelConfig:
@@ -93,11 +96,12 @@ class Life:
         return self._is_ending or self._task.done()
 
     async def end(self, reason: LMServeError) -> int:
-        """Returns the bytes that its process had, when the process is gone. ``reason``: what its requests are told."""
-        resident = self.entry.resident_bytes
+        """Returns the bytes of its device that its process had, when the process is gone. ``reason``: what its requests
+        are told."""
+        had = self.entry.own_bytes
         self.begin_end(reason)
         await self.ended()
-        return resident - self.entry.resident_bytes
+        return had
 
     def begin_end(self, reason: LMServeError) -> None:
         """From now on it takes no more requests. The first reason counts."""
@@ -196,7 +200,7 @@ class Life:
             with contextlib.suppress(Exception):
                 await worker.stop(self._reason)
         finally:
-            self.entry.worker = None
+            self.entry.worker = self.entry.usage = None
 
     async def _place(self) -> None:
         """A starter model is made where it is not there yet."""

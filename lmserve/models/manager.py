@@ -19,6 +19,7 @@ from lmserve.models.admission import Admission, size
 from lmserve.models.entries import REFRESH_SECONDS, Entries
 from lmserve.models.entry import RETRY_SECONDS, LoadOptions, ModelEntry, Origin
 from lmserve.models.life import Life, Observer, placed
+from lmserve.models.usage_watch import UsageWatch
 from lmserve.models.worker_process import Worker
 from lmserve.runtime.interface import MemoryPlan, Task
 
@@ -54,6 +55,8 @@ class ModelManager:
         self._timers: dict[ModelEntry, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._admission = Admission(self.entries, self._evict)
+        self._usage = UsageWatch(self.entries)
+        self._watching: asyncio.Task[None] | None = None
         self._draining = False
         self._stopping = False
         self._changed = asyncio.Condition()
@@ -78,6 +81,10 @@ class ModelManager:
     async def refresh(self, max_age: float = REFRESH_SECONDS) -> None:
         """Look again which models there are on the disk, unless that was done less than ``max_age`` seconds ago."""
         await self._known.refresh(max_age)
+
+    async def look_at_devices(self) -> None:
+        """Makes ``ModelEntry.usage`` new, unless it is."""
+        await self._usage.look()
 
     @contextlib.asynccontextmanager
     async def use(
@@ -194,7 +201,8 @@ class ModelManager:
         return None
 
     def start(self) -> None:
-        """Begins to load the models that are loaded at the start; returns at once."""
+        """Begins to load the models that are loaded at the start, and to watch devices; returns at once."""
+        self._watching = asyncio.get_running_loop().create_task(self._usage.run(self._observer.looked))
         for entry in self._known.configured():
             self._begin(entry, Origin.START)
 
@@ -228,6 +236,8 @@ class ModelManager:
         self._draining = self._stopping = True
         for timer in self._timers.values():
             timer.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         reason = NotReady("The server is shutting down.", retry_after=5.0)
         await asyncio.gather(*(life.end(reason) for life in self._lives.values()))
         await asyncio.gather(*self._tasks, return_exceptions=True)

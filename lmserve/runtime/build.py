@@ -22,7 +22,7 @@ from lmserve.runtime.graphs import CudaGraphs
 from lmserve.runtime.interface import RunnerInfo
 from lmserve.runtime.kv_cache import KVCache, block_bytes
 from lmserve.runtime.loader import fingerprint, load_model, native_context_length, reads_images
-from lmserve.runtime.memory import CacheSize, size_cache, usable_bytes
+from lmserve.runtime.memory import CacheSize, hold_bytes, size_cache, usable_bytes
 from lmserve.runtime.memory_plan import activation_bytes, num_batched_tokens, number_format, weight_bytes
 from lmserve.runtime.model_runner import PackedModelRunner
 from lmserve.runtime.native.build import build_program
@@ -123,7 +123,7 @@ def assemble_runner(
         asked_len=config.max_model_len,
         native_len=native_context_length(model),
         max_num_seqs=config.max_num_seqs,
-        free=usable_bytes(device, config.gpu_memory_utilization) - reserved_bytes - activations,
+        free=_free(device, config, reserved_bytes) - activations,
         device_type=device.type,
     )
     for sentence in pin_rope(model, size.max_model_len):
@@ -137,8 +137,7 @@ def assemble_runner(
         progress("packing the weights", 0.85)
         _tell(_bring_to_the_processor(lane, config, cache, layout, dtype, kind), progress)
     elif device.type == "cuda":
-        progress("compiling the layers", 0.85)
-        _tell(compile_for_serving(lane, config), progress)
+        _compile_and_tell(lane, config, progress)
     if cache_dtype is None:
         _check_and_tell(lane, config, vocab_size, lane.num_slots, dtype, progress)
     images = _check_images(lane, config, size, dtype, progress) if reads_images(model.config) else ImageCheck("none")
@@ -148,7 +147,12 @@ def assemble_runner(
         no_images=images.reason,
     )
     getting_ready.join()
+    hold_bytes(device, activations)
     return _make_runner(lane, backend, info, config, images)
+
+
+def _free(device: torch.device, config: ModelConfig, reserved_bytes: int) -> int:
+    return usable_bytes(device, config.gpu_memory_utilization, graphs=config.cuda_graphs, others=reserved_bytes)
 
 
 def _make_runner(
@@ -176,6 +180,11 @@ def _make_lane(model: PreTrainedModel) -> PackedLane:
 def _tell(sentence: str, progress: Progress) -> None:
     if sentence:
         progress(sentence, 0.88)
+
+
+def _compile_and_tell(lane: PackedLane, config: ModelConfig, progress: Progress) -> None:
+    progress("compiling the layers", 0.85)
+    _tell(compile_for_serving(lane, config), progress)
 
 
 def _check_and_tell(

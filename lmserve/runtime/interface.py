@@ -22,6 +22,17 @@ ImageReading = Literal["none", "causal", "whole"]
 as text does, so that a step may end inside an image. ``whole``: each other, too, so that it may not."""
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Of a GPU, in bytes, as its worker saw it when the model was loaded."""
+
+    total_bytes: int
+    own_bytes: int
+    """The worker's."""
+    identifier: str = ""
+    """The device's own, as the driver writes it; empty: not known."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerInfo:
     """What a loaded model is and what it can hold. Sent to the API process when the worker is ready."""
@@ -59,6 +70,8 @@ class RunnerInfo:
     row_size: int = 0
     """Numbers that an encoder gives for one input: the embedding's size, or the number of labels. 0: it generates."""
     load_seconds: float = 0.0
+    device_memory: DeviceMemory | None = None
+    """None: on a CPU, where everybody can look."""
     fingerprint: str = ""
     """Short hash of everything that decides the logits besides the request: weights, dtype, device, versions."""
 
@@ -79,19 +92,28 @@ class MemoryPlan:
     kv_cache_bytes: int
     kv_cache_tokens: int
     activation_bytes: int
-    """Of the largest step, sampling included."""
+    """Of the largest step, sampling included, and of captured ones."""
     fixed_bytes: int
     """What a worker takes whatever its model is: the libraries, a device's context."""
     free_bytes: int
     """What a new worker could have; what is kept for others is taken off."""
+    share_bytes: int = 0
+    """What it could have at most if all others went; 0: all that there is."""
+    loading_bytes: int = 0
+    """What its weights take while they are brought into fewer bits; 0: never more than in the end."""
 
     @property
     def total_bytes(self) -> int:
         return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes + self.fixed_bytes
 
     @property
+    def peak_bytes(self) -> int:
+        """What it takes when it takes most."""
+        return max(self.total_bytes, self.loading_bytes)
+
+    @property
     def fits(self) -> bool:
-        return self.total_bytes <= self.free_bytes
+        return self.peak_bytes <= self.free_bytes
 
 
 @dataclass(frozen=True, slots=True)

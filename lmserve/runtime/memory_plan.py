@@ -27,7 +27,7 @@ from lmserve.runtime.loader import (
     read_model_config,
     reads_images,
 )
-from lmserve.runtime.memory import CacheSize, size_cache, usable_bytes
+from lmserve.runtime.memory import CONTEXT_BYTES, CacheSize, graph_bytes, share_bytes, size_cache, usable_bytes
 from lmserve.runtime.native.compiler import NativeUnavailable, check_available
 from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
 from lmserve.runtime.prepack import linears_to_prepack
@@ -58,10 +58,10 @@ def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
     check_quantization(config.quantization, device, None if source.is_gguf else source.config)
     model = hollow_model(source.config, generating_class(source.config), config.trust_remote_code)
     weights = loaded_weight_bytes(config, source, model, dtype)
-    activations = activation_bytes(model, config, device, dtype)
+    graphs = graph_bytes(device) if config.cuda_graphs else 0
+    activations = activation_bytes(model, config, device, dtype) + graphs
     fixed = fixed_bytes(device)
-    usable = usable_bytes(device, config.gpu_memory_utilization)
-    free = usable + (fixed if device.type == "cpu" else 0) - reserved_bytes
+    free = usable_bytes(device, config.gpu_memory_utilization, graphs=False, others=reserved_bytes) + fixed
     rest = free - weights - activations - fixed
     size, bytes_per_block = _cache_size(model, config, dtype, rest, device)
     return MemoryPlan(
@@ -75,7 +75,19 @@ def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
         activation_bytes=activations,
         fixed_bytes=fixed,
         free_bytes=max(0, free),
+        share_bytes=share_bytes(device, config.gpu_memory_utilization),
+        loading_bytes=loading_bytes(model, config, device, dtype),
     )
+
+
+def loading_bytes(model: nn.Module, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Of the weights before torchao brings them into fewer bits, which it does on the device; 0 where nothing does.
+
+    On a CPU they are read layer by layer.
+    """
+    if device.type == "cpu" or config.quantization == "none":
+        return 0
+    return weight_bytes(model, device, dtype) + FIRST_USE_BYTES
 
 
 def loaded_weight_bytes(config: ModelConfig, source: ModelSource, model: nn.Module, dtype: torch.dtype) -> int:
@@ -210,8 +222,10 @@ def _usual_shapes(model: PreTrainedModel) -> dict[int, LayerShape]:
 
 
 def fixed_bytes(device: torch.device) -> int:
-    """On a CPU what this process has taken by now; elsewhere the device's own share is spent before it can be seen."""
-    return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
+    """What this process has taken by now: of a GPU what it takes whatever it does there."""
+    if device.type == "cpu":
+        return int(psutil.Process().memory_info().rss)
+    return CONTEXT_BYTES if device.type == "cuda" else 0
 
 
 def _file_bytes(folder: Path) -> int:

@@ -139,7 +139,8 @@ def quantize_by_torchao(model: nn.Module, kind: Quantization) -> None:
     if kind == "fp8":
         by_row = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow())
         weights_only = torchao.Float8WeightOnlyConfig()
-        places = {"fp8": by_row if multiplies_fp8(next(model.parameters()).device) else weights_only}
+        weight = next(model.parameters())
+        places = {"fp8": by_row if multiplies_fp8(weight.device, weight.dtype) else weights_only}
     if kind == "int4":
         # torch's own kernels; the other layouts need further packages.
         places["int4"] = torchao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
@@ -154,9 +155,12 @@ def quantize_by_torchao(model: nn.Module, kind: Quantization) -> None:
         raise ModelLoadFailed(f"torchao cannot bring the model into {kind} here: {error}") from error
 
 
-def multiplies_fp8(device: torch.device) -> bool:
-    """Whether the device's tensor cores take 8-bit floats."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MULTIPLIES_FP8
+def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device's tensor cores take 8-bit floats, with a scale for each row, for a model in this format: what
+    comes out of such products is bfloat16."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device) >= MULTIPLIES_FP8
 
 
 def check_quantization(kind: str, device: torch.device, model_config: Any) -> None:

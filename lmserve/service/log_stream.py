@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +19,11 @@ LogEvent = dict[str, Any]
 CAPACITY = 256
 CAPACITY_CHARACTERS = 1 << 25
 """Of the texts in the events that a listener has not read: a few prompts can be as long as many."""
+
+
+DEVICE_USAGE = "device.usage"
+ONLY_BY_NAME = frozenset({DEVICE_USAGE})
+"""Types that come again and again, whatever happens: a listener who names none does not get them."""
 
 
 class LogStream:
@@ -36,7 +41,8 @@ class LogStream:
         return len(self._subscriptions)
 
     def subscribe(self, types: Iterable[str] = (), *, token_ids: bool = False) -> Subscription:
-        """Listen to events of these types (none given: all) until the subscription is closed.
+        """Listen to events of these types (none given: all but those of ``ONLY_BY_NAME``) until the subscription is
+        closed.
 
         ``token_ids``: with the token ids of prompts and outputs, which are left out otherwise.
         """
@@ -77,7 +83,8 @@ class Subscription:
 
     def put(self, event: LogEvent) -> None:
         """Called by the stream."""
-        if self._types and event["type"] not in self._types:
+        kind = event["type"]
+        if kind not in self._types and (self._types or kind in ONLY_BY_NAME):
             return
         self._num_characters += _num_characters(event)
         while len(self._events) == self._capacity or (self._events and self._num_characters > CAPACITY_CHARACTERS):
@@ -139,6 +146,11 @@ def runtime_event(model_id: str, engine_type: str, pid: int, level: str, message
         "level": level,
         "message": message,
     }
+
+
+def device_event(device: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> LogEvent:
+    """How full and busy a device is. ``models``: those that run on it, with what each has of it."""
+    return {"timestamp": now_ms(), "type": DEVICE_USAGE, **device, "models": [*models]}
 
 
 class LogStreamHandler(logging.Handler):

@@ -60,6 +60,12 @@ def test_a_model_is_listed_loaded_and_unloaded_in_lm_studios_shapes(tiny_server:
     assert (instance["just_in_time"], instance["ttl_seconds"], instance["ttl_left_seconds"]) == (False, None, None)
     assert instance["config"] == config
     assert instance["memory_bytes"] > 10**7
+    assert instance["device_memory_bytes"] > 10**7
+    device = instance["device"]
+    assert device["name"] == "cpu"
+    assert instance["device_memory_bytes"] < device["memory_used_bytes"] < device["memory_total_bytes"]
+    assert 0 <= instance["cpu_percent"] <= 100
+    assert 0 <= device["utilization_percent"] <= 100
     assert instance["estimated_bytes"] > 10**7
     again = tiny_server.post(LOAD, {"model": "org/tiny", "ttl": 500}).json()
     assert "load_config" not in again

@@ -16,6 +16,7 @@ import msgspec
 
 from lmserve.api.schema.manage import (
     Capabilities,
+    Device,
     DownloadJob,
     Instance,
     InstanceConfig,
@@ -70,6 +71,9 @@ def instance(name: str, **changes: Any) -> Instance:
         ttl_seconds=None,
         ttl_left_seconds=None,
         memory_bytes=GIB,
+        device=Device("cpu", 16 * GIB, 9 * GIB, 75.5),
+        device_memory_bytes=GIB,
+        cpu_percent=41.6,
         estimated_bytes=2 * GIB,
         load_time_seconds=2.5,
         lane="packed",

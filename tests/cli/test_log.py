@@ -194,6 +194,32 @@ def test_what_the_server_and_the_runtime_say() -> None:
     assert [path for _, path, _ in script.asked] == ["/log/stream?types=server.log", "/log/stream?types=runtime.log"]
 
 
+def test_how_busy_the_devices_are() -> None:
+    usage = {
+        "timestamp": 0,
+        "type": "device.usage",
+        "device": "cpu",
+        "memoryTotalBytes": 16 * 2**30,
+        "memoryUsedBytes": 9 * 2**30,
+        "utilizationPercent": 75.5,
+        "models": [
+            {"modelIdentifier": "tiny", "memoryBytes": 2**30, "cpuPercent": 41.2},
+            {"modelIdentifier": "other", "memoryBytes": 2**29, "cpuPercent": None},
+        ],
+    }
+    gpu = {**usage, "device": "cuda:0", "memoryUsedBytes": None, "utilizationPercent": None, "models": []}
+    script = Script(log_events=[usage, gpu])
+    with scripted_server(script) as url:
+        done = lmserve("log", "stream", "--source", "device", "--url", url, TZ="UTC")
+        as_json = lmserve("log", "stream", "--source", "device", "--json", "--url", url)
+    assert done.stdout == (
+        "00:00:00 cpu 76% busy, 9.00 GiB of 16.0 GiB used; tiny 1.00 GiB 41% CPU; other 512.0 MiB\n"
+        "00:00:00 cuda:0 16.0 GiB of memory\n"
+    )
+    assert [json.loads(line) for line in as_json.stdout.splitlines()] == script.log_events
+    assert {path for _, path, _ in script.asked} == {"/log/stream?types=device.usage"}
+
+
 def test_a_listener_that_lost_events_is_told() -> None:
     with scripted_server(Script(log_events=[INPUT, lost_events(3)])) as url:
         done = lmserve("log", "stream", "--url", url)
@@ -235,6 +261,7 @@ def test_a_stream_that_breaks_is_a_failure() -> None:
         ),
         (Source.SERVER, None, ("server.log",)),
         (Source.RUNTIME, None, ("runtime.log",)),
+        (Source.DEVICE, None, ("device.usage",)),
     ],
 )
 def test_filters(source: Source, text: str | None, types: tuple[str, ...]) -> None:

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 
-from lmserve.api.schema.manage import Quantization
+import msgspec
+
+from lmserve.api.schema.manage import Device, InstanceConfig, Quantization
 from tests.cli.running import lmserve
 from tests.cli.scripted_server import GIB, Script, instance, managed_model, scripted_server
 from tests.cli.terminal_program import at_terminal
 
+UNKNOWN: dict[str, object] = {"memory_bytes": 0, "device_memory_bytes": 0, "device": None, "cpu_percent": None}
 LONG = "publisher/a-model-with-a-very-long-name-that-no-narrow-terminal-has-the-place-for-instruct-q4_k_m"
 
 
@@ -64,9 +67,9 @@ def test_ps_says_what_each_does() -> None:
     )
     idle = instance("c-idle", ttl_seconds=3600.0, ttl_left_seconds=90.0)
     coming = instance(
-        "a-coming", state="loading", status="loading", progress=0.42, stage="weights", config=None, memory_bytes=0
+        "a-coming", state="loading", status="loading", progress=0.42, stage="weights", config=None, **UNKNOWN
     )
-    failed = instance("d-failed", state="failed", status="failed", failure="out of memory", memory_bytes=0)
+    failed = instance("d-failed", state="failed", status="failed", failure="out of memory", **UNKNOWN)
     models = [
         managed_model("x/one", loaded_instances=[idle, busy]),
         managed_model("x/two", loaded_instances=[failed, coming]),
@@ -76,11 +79,11 @@ def test_ps_says_what_each_does() -> None:
         as_json = lmserve("ps", "--json", "--url", url)
     lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line]
     assert lines == [
-        "IDENTIFIER MODEL STATUS SIZE CONTEXT PARALLEL WEIGHTS DEVICE TTL",
-        "a-coming x/two LOADING 42% (weights) - - - - - none",
-        "b-busy x/one GENERATING (3, 2 queued) 1.00 GiB 4096 8 float32 CPU 1h / 1h",
-        "c-idle x/one IDLE 1.00 GiB 4096 8 float32 CPU 1m 30s / 1h",
-        "d-failed x/two FAILED (out of memory) - 4096 8 float32 CPU none",
+        "IDENTIFIER MODEL STATUS SIZE CONTEXT PARALLEL WEIGHTS DEVICE BUSY DEVICE MEMORY TTL",
+        "a-coming x/two LOADING 42% (weights) - - - - - - - none",
+        "b-busy x/one GENERATING (3, 2 queued) 1.00 GiB 4096 8 float32 CPU 42% 9.00 GiB / 16.0 GiB 1h / 1h",
+        "c-idle x/one IDLE 1.00 GiB 4096 8 float32 CPU 42% 9.00 GiB / 16.0 GiB 1m 30s / 1h",
+        "d-failed x/two FAILED (out of memory) - 4096 8 float32 CPU - - none",
     ]
     listed = json.loads(as_json.stdout)
     assert [(item["id"], item["model"]) for item in listed] == [
@@ -90,6 +93,31 @@ def test_ps_says_what_each_does() -> None:
         ("d-failed", "x/two"),
     ]
     assert listed[2]["config"]["kv_cache_tokens"] == 65536
+
+
+def test_ps_has_a_gpus_figures_as_far_as_they_are_known() -> None:
+    """Of a GPU it is told how busy all of it is; what the worker takes of the processors is in the JSON only."""
+    told = instance("told", device=Device("cuda:0", 80 * GIB, 74 * GIB, 97.2), device_memory_bytes=36 * GIB)
+    untold = instance("untold", device=Device("cuda:0", 80 * GIB, None, None), device_memory_bytes=36 * GIB)
+    on_gpu = InstanceConfig(4096, 512, 8, 65536, "cuda:0", "bfloat16")
+    instances = [msgspec.structs.replace(each, config=on_gpu) for each in (told, untold)]
+    models = [managed_model("x/one", loaded_instances=instances)]
+    with scripted_server(Script(models=models)) as url:
+        done = lmserve("ps", "--url", url)
+        as_json = lmserve("ps", "--json", "--url", url)
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line]
+    assert lines[1:] == [
+        "told x/one IDLE 36.0 GiB 4096 8 bfloat16 CUDA:0 97% 74.0 GiB / 80.0 GiB none",
+        "untold x/one IDLE 36.0 GiB 4096 8 bfloat16 CUDA:0 - - / 80.0 GiB none",
+    ]
+    listed = json.loads(as_json.stdout)
+    assert listed[0]["device"] == {
+        "name": "cuda:0",
+        "memory_total_bytes": 80 * GIB,
+        "memory_used_bytes": 74 * GIB,
+        "utilization_percent": 97.2,
+    }
+    assert [(item["device_memory_bytes"], item["cpu_percent"]) for item in listed] == [(36 * GIB, 41.6)] * 2
 
 
 def test_ps_of_nothing() -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.cli.running import lmserve
 from tests.cli.scripted_server import Script, instance, managed_model, scripted_server
 
-COMING = instance("b", state="loading", status="loading", memory_bytes=2**29)
+COMING = instance("b", state="loading", status="loading", device_memory_bytes=2**29)
 
 
 def test_on() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,31 @@ def test_what_the_workers_say_is_seen_too(starter_server: Server) -> None:
     assert psutil.pid_exists(events[-1]["pid"])
     done = lmserve("unload", "second", "--url", starter_server.url)
     assert (done.returncode, "free again" in done.stdout + done.stderr) == (0, True)
+
+
+def test_how_full_and_busy_devices_are_is_seen_while_a_model_runs(tiny_server: Server) -> None:
+    with log_in_a_pipe(tiny_server, "--source", "device") as listener:
+        assert listener.stdout is not None
+        answer = tiny_server.client().completions.create(
+            model="tiny", prompt="a", max_tokens=1900, n=8, stream=True, extra_body={"ignore_eos": True}
+        )
+        seen: list[str] = []
+        reading = threading.Thread(target=lambda: seen.append(listener.stdout.readline()))  # type: ignore[union-attr]
+        reading.start()
+        with answer:
+            while reading.is_alive() and next(iter(answer), None) is not None:
+                pass
+        reading.join(60)
+    event = json.loads(seen[0])
+    assert (event["type"], event["device"]) == ("device.usage", "cpu")
+    [model] = event["models"]
+    assert model["modelIdentifier"] == "tiny"
+    assert 10**7 < model["memoryBytes"] < event["memoryUsedBytes"] < event["memoryTotalBytes"]
+    assert 0 < model["cpuPercent"] <= 100
+    assert 0 < event["utilizationPercent"] <= 100
+    [listed] = json.loads(lmserve("ps", "--json", "--url", tiny_server.url).stdout)
+    assert listed["device"]["memory_total_bytes"] == event["memoryTotalBytes"]
+    assert listed["device_memory_bytes"] == listed["memory_bytes"] > 10**7
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from lmserve.service import log_stream
-from lmserve.service.log_stream import LogEvent, LogStream, LogStreamHandler, Subscription
+from lmserve.service.log_stream import LogEvent, LogStream, LogStreamHandler, Subscription, device_event
 
 
 def happened(kind: str, **content: object) -> LogEvent:
@@ -32,6 +32,25 @@ def test_everyone_gets_everything_in_order() -> None:
                 log.publish(partial(happened, "a", i=i))
             assert [event["i"] for event in await take(one, 3)] == [0, 1, 2]
             assert [event["i"] for event in await take(two, 3)] == [0, 1, 2]
+
+    asyncio.run(scenario())
+
+
+def test_what_comes_again_and_again_comes_to_those_who_name_it() -> None:
+    async def scenario() -> None:
+        log = LogStream()
+        device = {"device": "cpu", "memoryTotalBytes": 7}
+        with log.subscribe() as all_others, log.subscribe(["device.usage"]) as by_name:
+            log.publish(lambda: device_event(device, [{"modelIdentifier": "tiny"}]))
+            log.publish(partial(happened, "a"))
+            assert (await take(all_others, 1))[0]["type"] == "a"
+            [event] = await take(by_name, 1)
+            assert event == {
+                "timestamp": event["timestamp"],
+                "type": "device.usage",
+                **device,
+                "models": [{"modelIdentifier": "tiny"}],
+            }
 
     asyncio.run(scenario())
 

@@ -36,6 +36,18 @@ class InstanceConfig(msgspec.Struct, frozen=True):
     dtype: str
 
 
+class Device(msgspec.Struct, frozen=True):
+    """Where an instance runs, whoever else does, as of the last two seconds or so."""
+
+    name: str
+    """cpu, cuda:0, …"""
+    memory_total_bytes: int
+    memory_used_bytes: int | None
+    """By all programs; None: not known."""
+    utilization_percent: float | None
+    """How busy it is; None: not known."""
+
+
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """One loaded (or loading) model. All but ``id`` and ``config`` is ours."""
 
@@ -58,6 +70,12 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """None while a request runs, too."""
     memory_bytes: int
     """Resident memory of its worker process now; 0 until there is one."""
+    device: Device | None
+    """None until it is known."""
+    device_memory_bytes: int
+    """What its worker has of its device's memory; on a CPU that is ``memory_bytes``."""
+    cpu_percent: float | None
+    """What its worker takes of the time of all processors; None until there is one."""
     estimated_bytes: int
     """What it may take when it is full; 0 until that is known."""
     load_time_seconds: float
@@ -156,7 +174,7 @@ class LoadAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     status: Literal["loaded"]
     load_config: InstanceConfig | None = None
     memory_bytes: int = 0
-    """Resident memory of the worker process after the load."""
+    """Memory of its device that the worker has after the load."""
 
 
 class LoadEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -178,7 +196,7 @@ class UnloadRequest(msgspec.Struct, kw_only=True):
 class UnloadAnswer(msgspec.Struct, frozen=True):
     instance_id: str
     freed_bytes: int
-    """Resident memory that the worker process had, and that is back."""
+    """Memory of its device that the worker had, and that is back."""
 
 
 class DownloadRequest(msgspec.Struct, kw_only=True):

@@ -33,7 +33,7 @@ def plan_encoder(config: ModelConfig, task: Task, reserved_bytes: int = 0) -> Me
     num_tokens = max(length, num_batched_tokens(config, device, CPU_BATCHED_TOKENS))
     weights = loaded_weight_bytes(config, source, model, dtype)
     fixed = fixed_bytes(device)
-    free = free_bytes(device) + (fixed if device.type == "cpu" else 0) - reserved_bytes
+    free = free_bytes(device) + fixed - reserved_bytes
     return MemoryPlan(
         device=str(device),
         dtype=number_format(dtype, config.quantization),
