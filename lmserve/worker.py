@@ -78,6 +78,7 @@ def _scheduler_config(config: ModelConfig, runner: ModelRunner) -> SchedulerConf
         max_num_batched_tokens=runner.info.max_num_batched_tokens,
         max_model_len=runner.info.max_model_len,
         whole_images=runner.info.images == "whole",
+        whole_prompts=runner.info.whole_prompts,
         prefix_caching=config.prefix_caching,
         mixed_step_factor=config.mixed_step_factor,
         context_cost=runner.info.context_cost,

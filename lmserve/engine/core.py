@@ -42,7 +42,7 @@ class EngineCore:
         self, runner: ModelRunner, config: SchedulerConfig, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         info = runner.info
-        kv = KVCacheManager(info.num_blocks, info.block_size)
+        kv = KVCacheManager(info.num_blocks, info.block_size, info.num_saved_states)
         self.scheduler = Scheduler(config, kv)
         self._runner = runner
         self._clock = clock

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from lmserve.engine.block_pool import BlockPool, IntegrityError, hash_block
 from lmserve.engine.request import Request
+from lmserve.engine.saved_states import SavedStates
+from lmserve.runtime.interface import FRESH_STATE, ScheduledChunk, StateSave
 
 
 class KVCacheManager:
@@ -14,12 +17,16 @@ class KVCacheManager:
     Full blocks are found by a hash chain, as in vLLM's automatic prefix caching. A block can be found once the step
     that computed it is over. Before that its hash is *pending* with the running request that will compute it, and
     whoever wants it does better to wait for it than to compute it twice.
+
+    Of a model with recurrent states a prefix is shared up to where a state was saved, too (``saved_states.py``).
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_saved_states: int | None = None) -> None:
+        """``num_saved_states``: None where the model has no such states (``RunnerInfo``)."""
         self.block_size = block_size
         self._pool = BlockPool(num_blocks)
         self._pending: dict[bytes, Request] = {}
+        self._states = None if num_saved_states is None else SavedStates(num_saved_states)
 
     @property
     def num_free_blocks(self) -> int:
@@ -33,12 +40,14 @@ class KVCacheManager:
 
     def prefix_is_pending(self, request: Request) -> bool:
         """Whether a running request is about to compute the first block that this waiting one would miss."""
+        if self._states is not None and self._states.num_rows == 0:
+            return False  # it will compute the block itself in any case
         first = self._first_missing_block(request)
         return first < self._num_shareable(request) and request.block_hashes[first] in self._pending
 
     def num_missing_tokens(self, request: Request) -> int:
         """Tokens that a waiting request would have to compute: those behind its cached prefix."""
-        return request.num_tokens - self._first_missing_block(request) * self.block_size
+        return request.num_tokens - self._num_with_state(request, self._first_missing_block(request)) * self.block_size
 
     def admit(self, request: Request, num_spare: int = 0) -> bool:
         """Blocks for all known tokens, shared ones first, and ``num_computed_tokens`` to match.
@@ -47,7 +56,8 @@ class KVCacheManager:
         """
         assert not request.block_table
         self.hash_full_blocks(request)
-        shared = self._find_prefix(request)
+        found = self._find_prefix(request)
+        shared = found[: self._num_with_state(request, len(found))]
         num_new = -(-request.num_tokens // self.block_size) - len(shared)
         num_available = self._pool.num_free - sum(map(self._pool.is_free, shared))
         if num_new + num_spare > num_available:
@@ -58,6 +68,8 @@ class KVCacheManager:
         request.block_table = shared + new
         request.num_computed_tokens = request.num_launched_tokens = len(shared) * self.block_size
         request.num_matched_blocks = 0
+        if self._states is not None:
+            self._begin_with_state(self._states, request, len(shared), len(found))
         for block_hash in request.block_hashes[len(shared) :]:
             self._pending.setdefault(block_hash, request)
         return True
@@ -72,6 +84,20 @@ class KVCacheManager:
         request.block_table += new
         return True
 
+    def with_saves(self, request: Request, chunk: ScheduledChunk) -> ScheduledChunk:
+        """The chunk, and where in it states are to be saved. The rows are the request's until the step is over."""
+        if self._states is None:
+            return chunk
+        start, end = chunk.start, chunk.start + chunk.num_tokens
+        saves = []
+        for num_tokens in self._places_to_save(request, start, end):
+            is_of_answer = num_tokens > request.num_prompt_tokens
+            row = self._states.promise(instead_of=request.answer_state if is_of_answer else None)
+            if row is not None:
+                saves.append(StateSave(num_tokens, row))
+        request.saves += saves
+        return replace(chunk, saves=tuple(saves)) if saves else chunk
+
     def register_computed(self, request: Request, num_computed_before: int) -> None:
         """The step that began at ``num_computed_before`` tokens is over: the blocks that it filled can be found."""
         first, end = num_computed_before // self.block_size, request.num_computed_tokens // self.block_size
@@ -81,12 +107,18 @@ class KVCacheManager:
         for i in range(first, end):
             self._pool.set_contents(request.block_table[i], request.block_hashes[i])
             self._forget_pending(request, request.block_hashes[i])
+        if self._states is not None:
+            self._fill_states(self._states, request)
 
     def free(self, request: Request) -> None:
         """Takes the request's blocks back. What is computed stays to be found until the blocks are needed."""
         for block_hash in request.block_hashes[request.num_computed_tokens // self.block_size :]:
             self._forget_pending(request, block_hash)
         self._pool.release(request.block_table)
+        for save in request.saves:
+            assert self._states is not None
+            self._states.give_back(save.row)
+        request.saves = []
         request.block_table = []
         request.num_computed_tokens = request.num_launched_tokens = 0
 
@@ -105,6 +137,8 @@ class KVCacheManager:
         self._pool.check_integrity(request.block_table for request in running)
         if not set(self._pending.values()) <= set(running):
             raise IntegrityError("a block is pending with a request that does not run")
+        if self._states is not None:
+            self._states.check_integrity({save.row for request in running for save in request.saves})
 
     def _first_missing_block(self, request: Request) -> int:
         self.hash_full_blocks(request)
@@ -127,6 +161,42 @@ class KVCacheManager:
                 break
             blocks.append(block)
         return blocks
+
+    def _num_with_state(self, request: Request, num_blocks: int) -> int:
+        """So many of the blocks that a request finds are of use: all, or those up to the last saved state."""
+        if self._states is None:
+            return num_blocks
+        while num_blocks > 0 and self._states.find(request.block_hashes[num_blocks - 1]) is None:
+            num_blocks -= 1
+        return num_blocks
+
+    def _begin_with_state(self, states: SavedStates, request: Request, num_shared: int, num_found: int) -> None:
+        request.state, request.parted_at = FRESH_STATE, 0
+        if num_shared:
+            block_hash = request.block_hashes[num_shared - 1]
+            row = states.find(block_hash)
+            assert row is not None
+            request.state = row
+            states.touch(block_hash)
+        if num_found > num_shared:
+            request.parted_at = num_found * self.block_size
+
+    def _places_to_save(self, request: Request, start: int, end: int) -> list[int]:
+        """Numbers of tokens in (start, end], at borders of blocks."""
+        last = (request.num_prompt_tokens - 1) // self.block_size * self.block_size
+        places = {request.parted_at, last}
+        if start >= request.num_prompt_tokens and end % self.block_size == 0:
+            places.add(end)
+        return sorted(place for place in places if start < place <= end)
+
+    def _fill_states(self, states: SavedStates, request: Request) -> None:
+        computed = [save for save in request.saves if save.num_tokens <= request.num_computed_tokens]
+        for save in computed:
+            block_hash = request.block_hashes[save.num_tokens // self.block_size - 1]
+            states.fill(save.row, block_hash)
+            if save.num_tokens > request.num_prompt_tokens:
+                request.answer_state = block_hash
+        request.saves = [save for save in request.saves if save not in computed]
 
     def _forget_pending(self, request: Request, block_hash: bytes) -> None:
         if self._pending.get(block_hash) is request:

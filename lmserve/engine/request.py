@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from lmserve.runtime.interface import PromptImage
+from lmserve.runtime.interface import FRESH_STATE, PromptImage, StateSave
 from lmserve.sampling_params import SamplingParams
 
 
@@ -60,6 +60,14 @@ class Request:
     """KV blocks in the order of the tokens, while running. May hold more tokens than are computed."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks, computed or not. Extended by the ``KVCacheManager`` when it needs to know."""
+    state: int = FRESH_STATE
+    """The row of saved states that it began with when it last took a slot."""
+    parted_at: int = 0
+    """Tokens that it had in common with what was cached when it last took a slot, but for which no state was saved."""
+    saves: list[StateSave] = field(default_factory=list)
+    """Those that steps on their way make, while running."""
+    answer_state: bytes = b""
+    """The block behind which the state of its growing answer was last saved."""
     num_hold_ups: int = 0
     """Steps of full length that its decoding has waited for, for others' prompts."""
     is_paused: bool = False

@@ -73,6 +73,8 @@ class SchedulerConfig:
     whole_images: bool = False
     """A chunk may not end inside an image, whose tokens see each other. An image that is longer than what is left of
     the budget is computed all the same."""
+    whole_prompts: bool = False
+    """A prompt is one chunk. One that is longer than the budget is computed all the same, alone among prompts."""
     prefix_caching: bool = True
     """Off, only the ``n`` choices of one request share blocks."""
     mixed_step_factor: float = math.inf
@@ -98,11 +100,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self.num_paused = 0
-        self._max_num_seqs = config.max_num_seqs
-        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._config = config
         self._max_num_short_tokens = config.max_num_batched_tokens - config.max_num_batched_tokens // LONG_SHARE
-        self._max_num_prompt_logprobs = config.max_num_prompt_logprobs
-        self._whole_images = config.whole_images
         self._max_tokens = min(config.max_model_len, kv.max_tokens)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -125,7 +124,10 @@ class Scheduler:
 
         The step before may still be on its way, if ``advance`` has been told of it.
         """
-        draft = StepDraft(self._max_num_batched_tokens, self._max_num_prompt_logprobs)
+        limits = self._config
+        draft = StepDraft(
+            limits.max_num_batched_tokens, limits.max_num_prompt_logprobs, limits.whole_images, limits.whole_prompts
+        )
         self._decode(draft)
         decoding = list(draft.chunks)
         allowance = self._limit_prompts(decoding, draft)
@@ -135,7 +137,7 @@ class Scheduler:
         if allowance < num_left and allowance < num_left - draft.num_tokens:
             for request in decoding:
                 request.num_hold_ups += 1
-        return draft.finish()
+        return draft.finish(self.kv.with_saves)
 
     def advance(self, scheduled: SchedulerOutput) -> None:
         """The step is on its way, and the next one is decided before ``update`` (or ``lose``) hears of it.
@@ -221,14 +223,14 @@ class Scheduler:
     def remaining(self, scheduled: SchedulerOutput) -> SchedulerOutput:
         """The step without the requests that run no more. The runner is told the others anew."""
         kept = [pair for pair in scheduled.pairs if pair[0].status is RequestStatus.RUNNING]
-        return SchedulerOutput.of(kept, [new_sequence(request) for request, _ in kept])
+        return SchedulerOutput.of(kept, [new_sequence(request, again=True) for request, _ in kept])
 
     def check_integrity(self) -> None:
         """Raises ``IntegrityError`` if a block or a slot was lost or given twice."""
         self.kv.check_integrity(self._running)
         slots = [request.slot for request in self._running if request.slot is not None]
-        if sorted(slots + self._free_slots) != list(range(self._max_num_seqs)):
-            raise IntegrityError(f"slots {slots} are used and {self._free_slots} free, of {self._max_num_seqs}")
+        if sorted(slots + self._free_slots) != list(range(self._config.max_num_seqs)):
+            raise IntegrityError(f"slots {slots} are used and {self._free_slots} free, of {self._config.max_num_seqs}")
 
     def _decode(self, draft: StepDraft) -> None:
         """A token for each that lacks but one. Nobody is preempted for who comes after the end of the budget."""
@@ -237,7 +239,7 @@ class Scheduler:
             if draft.is_full:
                 break
             if request.num_left == 1 and self._has_room(request):
-                draft.give(request, 1, whole_images=self._whole_images)
+                draft.give(request, 1)
         draft.may_admit = self.num_preemptions == num_preemptions
 
     def _limit_prompts(self, decoding: list[Request], draft: StepDraft) -> int:
@@ -268,7 +270,7 @@ class Scheduler:
         if num_cached is None:
             num_cached = first.num_tokens - self.kv.num_missing_tokens(first)
         work = self.pace.work(first.num_tokens - num_cached, num_cached)
-        return work <= SOON * self._max_num_batched_tokens
+        return work <= SOON * self._config.max_num_batched_tokens
 
     def _read_prompts(self, draft: StepDraft) -> None:
         """Chunks of prompts, running and waiting, level by level of priority."""
@@ -305,16 +307,16 @@ class Scheduler:
 
     def _read(self, request: Request, most: int, draft: StepDraft) -> int:
         """Gives a request a chunk of its prompt, or a longer one, if it runs or can start; how many tokens it took."""
-        if request.slot is None and not self._start(request, draft):
+        if not draft.has_room(request) or (request.slot is None and not self._start(request, draft)):
             return 0
-        return draft.give(request, most, whole_images=self._whole_images)
+        return draft.give(request, most)
 
     def _start(self, request: Request, draft: StepDraft) -> bool:
         """Lets a waiting request run, with blocks for all its known tokens, if it can. Else others may pass it,
         unless what it lacks is blocks or a slot."""
         if not draft.may_admit or self.kv.prefix_is_pending(request):
             return False
-        if request.sampling.prompt_logprobs is not None and draft.num_prompt_logprobs == 0:
+        if request.sampling.prompt_logprobs is not None and draft.num_prompt_logprobs <= 0:
             return False  # all its choices: the others would compute the prompt that the first is to compute
         if request.num_steps_in_flight:  # it was put off since, and a token of it is not known yet
             draft.may_admit = False

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lmserve.engine.request import Request
-from lmserve.runtime.interface import NewSequence, ScheduledChunk, StepInput
+from lmserve.runtime.interface import KEPT_STATE, NewSequence, ScheduledChunk, StepInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,12 @@ class StepDraft:
     """What has been given out so far, and what is left. A request has one chunk, which may be replaced by a longer."""
 
     num_tokens: int
-    """Left. An image that had to be taken whole may bring it below 0."""
+    """Left. An image or a prompt that had to be taken whole may bring it below 0."""
     num_prompt_logprobs: int
-    """Rows left for the log-probabilities of prompts."""
+    """Rows left for the log-probabilities of prompts. A prompt that had to be taken whole may bring it below 0."""
+    whole_images: bool = False
+    whole_prompts: bool = False
+    """See ``SchedulerConfig``."""
     may_admit: bool = True
     """Whether waiting requests may start in this step."""
     chunks: dict[Request, ScheduledChunk] = field(default_factory=dict)
@@ -45,7 +48,14 @@ class StepDraft:
     def is_full(self) -> bool:
         return self.num_tokens <= 0
 
-    def give(self, request: Request, most: int, *, whole_images: bool) -> int:
+    def has_room(self, request: Request) -> bool:
+        """Whether it may be given tokens: always, but for a whole prompt that exceeds a budget, behind another one."""
+        if not self.whole_prompts or all(chunk.num_tokens == 1 for chunk in self.chunks.values()):
+            return True
+        num_rows = len(request.unreported(0, request.num_tokens))
+        return request.num_left <= self.num_tokens and num_rows <= self.num_prompt_logprobs
+
+    def give(self, request: Request, most: int) -> int:
         """Gives a request that runs up to ``most`` tokens more; how many it took.
 
         It takes none if it has log-probabilities to report and others have used up the rows.
@@ -56,16 +66,20 @@ class StepDraft:
             most += before.num_tokens
         start = request.num_launched_tokens
         end = start + self._fitting(request, min(most, self.num_tokens))
-        if whole_images:
+        if self.whole_images:
             end = request.end_of_whole_images(start, end)
+        if self.whole_prompts:
+            end = start + request.num_left
         if end > start:
             chunk = make_chunk(request, end)
             self.chunks[request] = chunk
             self._take(chunk)
         return end - start - (before.num_tokens if before is not None else 0)
 
-    def finish(self) -> SchedulerOutput:
-        return SchedulerOutput.of(self.chunks.items(), self.new_sequences)
+    def finish(self, complete: Callable[[Request, ScheduledChunk], ScheduledChunk]) -> SchedulerOutput:
+        """The step. ``complete`` has the last word on each chunk, but for its tokens."""
+        pairs = [(request, complete(request, chunk)) for request, chunk in self.chunks.items()]
+        return SchedulerOutput.of(pairs, self.new_sequences)
 
     def _fitting(self, request: Request, most: int) -> int:
         """How many tokens of a request fit, by its need and the rows that are left; ``most`` at the most."""
@@ -96,8 +110,8 @@ def make_chunk(request: Request, end: int) -> ScheduledChunk:
     )
 
 
-def new_sequence(request: Request) -> NewSequence:
-    """What the runner is told of a request that takes a slot."""
+def new_sequence(request: Request, *, again: bool = False) -> NewSequence:
+    """What the runner is told of a request that takes a slot, or ``again`` of one that has it."""
     assert request.slot is not None
     return NewSequence(
         request.slot,
@@ -108,4 +122,5 @@ def new_sequence(request: Request) -> NewSequence:
         request.eos_token_ids,
         request.images,
         request.grammar,
+        KEPT_STATE if again else request.state,
     )

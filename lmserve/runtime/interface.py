@@ -33,6 +33,10 @@ class DeviceMemory:
     """The device's own, as the driver writes it; empty: not known."""
 
 
+FRESH_STATE, KEPT_STATE = -1, -2
+"""What a sequence's recurrent state begins with, instead of a row of saved states: nothing; what its slot holds."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerInfo:
     """What a loaded model is and what it can hold. Sent to the API process when the worker is ready."""
@@ -45,6 +49,7 @@ class RunnerInfo:
     dtype: str
     attention_backend: str
     lane: str
+    """How a step is computed: ``native`` or ``packed`` as one forward, ``state`` or ``serial`` in turn."""
     num_parameters: int
     weight_bytes: int
     vocab_size: int
@@ -63,6 +68,12 @@ class RunnerInfo:
     the host is busy with what came out last."""
     context_cost: float = 0.0
     """What a token of context adds to what computing a token takes, as a part of what it takes without context."""
+    num_saved_states: int | None = None
+    """Rows for copies of recurrent states, without which no prefix can be shared. None: the model has no such states,
+    and blocks are all that a prefix needs."""
+    whole_prompts: bool = False
+    """Whether all that is known of a sequence has to be computed in one chunk: the model's own code does not go on from
+    a state with more than one token."""
     task: Task = "generate"
     images: ImageReading = "none"
     no_images: str = ""
@@ -72,6 +83,8 @@ class RunnerInfo:
     load_seconds: float = 0.0
     device_memory: DeviceMemory | None = None
     """None: on a CPU, where everybody can look."""
+    lane_reason: str = ""
+    """Why no faster lane would do, in clauses; empty if it is the fastest."""
     fingerprint: str = ""
     """Short hash of everything that decides the logits besides the request: weights, dtype, device, versions."""
 
@@ -146,6 +159,17 @@ class NewSequence:
     """In the order of the prompt."""
     grammar: str = ""
     """What the output has to be (``lmserve.grammar``); empty for anything."""
+    state: int = FRESH_STATE
+    """Of models with recurrent states: the row of the saved one to begin with, or ``FRESH_STATE``, or ``KEPT_STATE``
+    for a sequence that is told again because a step failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateSave:
+    """The recurrent state behind the first ``num_tokens`` tokens of a sequence goes to a row of saved states."""
+
+    num_tokens: int
+    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +188,9 @@ class ScheduledChunk:
     samples: bool
     prompt_logprobs: range = range(0)
     """Positions in the chunk whose next prompt token's log-probability is wanted. The prompt's last token has none."""
+    saves: tuple[StateSave, ...] = ()
+    """In ascending order, each behind a token of the chunk. In a step, sequences take their states before any is saved.
+    """
 
     @property
     def is_decode(self) -> bool:
@@ -225,6 +252,9 @@ class ModelRunner(Protocol):
     ``launch`` starts a step and may return before it is computed; ``collect`` waits for the oldest that is in flight.
     There are at most two, and never more than one unless ``info.launches_ahead``. Steps are computed in the order of
     their launches, so that a slot or a block may have another owner in the next one.
+
+    Recurrent states move on with a step, and rows of saved ones are written, only if the next step does not tell of its
+    sequences again (``NewSequence.state``): a step that fails can be tried again.
 
     ``SequenceFailed`` comes from ``launch`` and means that the step may be tried again without one sequence, the others
     told anew. Any other exception than ``FatalRunnerError`` means that this step's sequences are lost and nothing else.

@@ -52,6 +52,7 @@ def make_config(
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
         whole_images=info.images == "whole",
+        whole_prompts=info.whole_prompts,
         prefix_caching=prefix_caching,
         max_num_prompt_logprobs=max_num_prompt_logprobs,
         mixed_step_factor=mixed_step_factor,

@@ -15,6 +15,8 @@ from typing import Literal
 from lmserve.grammar.tokenizer_text import TokenizerText
 from lmserve.outputs import TokenLogprobs
 from lmserve.runtime.interface import (
+    FRESH_STATE,
+    KEPT_STATE,
     FatalRunnerError,
     ImageReading,
     NewSequence,
@@ -81,6 +83,8 @@ def make_info(
     max_num_batched_tokens: int = 32,
     images: ImageReading = "none",
     launches_ahead: bool = False,
+    num_saved_states: int | None = None,
+    whole_prompts: bool = False,
 ) -> RunnerInfo:
     """What the fake model says of itself."""
     return RunnerInfo(
@@ -100,6 +104,8 @@ def make_info(
         max_num_batched_tokens=max_num_batched_tokens,
         images=images,
         launches_ahead=launches_ahead,
+        num_saved_states=num_saved_states,
+        whole_prompts=whole_prompts,
     )
 
 
@@ -134,6 +140,39 @@ class _Flight:
     error: Exception | None = None
 
 
+class _States:
+    """A recurrent state is the digest of all tokens before. It moves on when the next step does not tell it again."""
+
+    def __init__(self, num_saved: int) -> None:
+        self._held: dict[int, int] = {}
+        self._saved = [GARBAGE] * num_saved
+        self._coming: dict[int, int] = {}
+        self._to_save: dict[int, int] = {}
+
+    def begin(self, new_sequences: Sequence[NewSequence]) -> None:
+        for row, state in self._to_save.items():
+            self._saved[row] = state
+        told = {new.slot: new.state for new in new_sequences}
+        self._held |= {slot: state for slot, state in self._coming.items() if slot not in told}
+        self._coming, self._to_save = {}, {}
+        for slot, state in told.items():
+            if state != KEPT_STATE:
+                self._held[slot] = 0 if state == FRESH_STATE else self._saved[state]
+
+    def check(self, chunk: ScheduledChunk, digests: Sequence[int]) -> None:
+        _check(self._held[chunk.slot] == digests[chunk.start], f"slot {chunk.slot} has a state that is not its own")
+        places = [save.num_tokens for save in chunk.saves]
+        _check(places == sorted(set(places)), "states are saved in no order")
+        _check(all(chunk.start < place <= chunk.start + chunk.num_tokens for place in places), "no state there to save")
+
+    def move_on(self, chunks: Sequence[ScheduledChunk], digests: Mapping[int, Sequence[int]]) -> None:
+        rows = [save.row for chunk in chunks for save in chunk.saves]
+        _check(len(set(rows)) == len(rows) and set(rows) <= set(range(len(self._saved))), f"rows {rows} to save to")
+        for chunk in chunks:
+            self._coming[chunk.slot] = digests[chunk.slot][chunk.start + chunk.num_tokens]
+            self._to_save |= {save.row: digests[chunk.slot][save.num_tokens] for save in chunk.saves}
+
+
 class FakeRunner:
     """Implements ``ModelRunner``, and fails when ``faults`` says so. Launching ahead, it holds two steps.
 
@@ -150,6 +189,7 @@ class FakeRunner:
         self._content = [GARBAGE] * (info.num_blocks * info.block_size)
         self._sequences: dict[int, _Sequence] = {}
         self._in_flight: list[_Flight] = []
+        self._states = None if info.num_saved_states is None else _States(info.num_saved_states)
         self.vocabulary: TokenizerText | None = None
         self.prepared_grammars: set[str] = set()
         self.num_idle_times = 0
@@ -176,6 +216,8 @@ class FakeRunner:
         for new in step.new_sequences:
             _check(not new.grammar or new.grammar in self.prepared_grammars, "a grammar without notice")
             self._sequences[new.slot] = _Sequence(new, list(new.token_ids))
+        if self._states is not None:
+            self._states.begin(step.new_sequences)
         self._check_budget(step)
         for chunk in step.chunks:
             self._check_chunk(chunk)
@@ -190,6 +232,8 @@ class FakeRunner:
         if moment == "written":
             self._lose(step)
             raise error
+        if self._states is not None:
+            self._states.move_on(step.chunks, {slot: sequence.digests for slot, sequence in self._sequences.items()})
         self._in_flight.append(_Flight(step, self._compute(step), None if moment is None else error))
         if moment is not None:
             for chunk in step.chunks:
@@ -236,9 +280,12 @@ class FakeRunner:
         self._check_blocks(step.chunks)
 
     def _check_budget(self, step: StepInput) -> None:
-        """Only an image that has to be taken whole may exceed it, and then nobody comes after it."""
+        """Only an image or a prompt that has to be taken whole may exceed it, and then nobody comes after it."""
         budget, last = self.info.max_num_batched_tokens, step.chunks[-1]
         if step.num_tokens <= budget:
+            return
+        if self.info.whole_prompts:
+            _check(all(chunk.num_tokens == 1 for chunk in step.chunks[:-1]), "two prompts are more than the budget")
             return
         images = self._sequences[last.slot].new.images if self.info.images == "whole" else ()
         whole = [image for image in images if image.start <= last.start < image.end == last.start + last.num_tokens]
@@ -271,6 +318,8 @@ class FakeRunner:
         cut = self.info.images == "whole" and any(image.start < end < image.end for image in images)
         _check(not cut, "a step ends inside an image")
         _check(chunk.samples == (end == num_known and sequence.new.sampling.max_tokens > 0), "samples is wrong")
+        whole = chunk.num_tokens == 1 or (chunk.start == 0 and end == num_known)
+        _check(whole or not self.info.whole_prompts, "a prompt in pieces")
         for position in chunk.prompt_logprobs:
             _check(chunk.start <= position < end, "a prompt log-probability of a token that is not computed")
             _check(position + 1 < sequence.new.num_prompt_tokens, "a prompt log-probability beyond the prompt")
@@ -280,6 +329,8 @@ class FakeRunner:
             return
         found = [self._content[self._where(chunk, position)] for position in range(chunk.start)]
         _check(found == sequence.digests[1 : chunk.start + 1], f"slot {chunk.slot} reads what is not its own")
+        if self._states is not None:
+            self._states.check(chunk, sequence.digests)
 
     def _write(self, chunk: ScheduledChunk, *, garbage: bool) -> None:
         digests = self._sequences[chunk.slot].digests

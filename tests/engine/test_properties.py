@@ -32,6 +32,8 @@ from tests.engine.fake_runner import EOS, VOCAB_SIZE, FakeRunner, Faults, Moment
 MAX_STEPS_PER_REQUEST = 200
 _rank = attrgetter("rank")
 READINGS = get_args(ImageReading)
+STATES = ("none", "saved", "whole")
+"""Of recurrent layers: there are none; they are saved; the model does not even go on from one with a chunk."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +65,7 @@ class WatchedScheduler(Scheduler):
     @property
     def _num_for_prompts(self) -> int:
         """Tokens that the last step had for prompts."""
-        pace, left = self.watched_pace, self._max_num_batched_tokens - self.watched_pace.num_rows
+        pace, left = self.watched_pace, self._config.max_num_batched_tokens - self.watched_pace.num_rows
         return max(0, left if self._holds_up else min(pace.allowed, left))
 
     def _may_hold_up(self, decoding: list[Request], first: Request, allowance: int) -> bool:
@@ -80,14 +82,16 @@ class WatchedScheduler(Scheduler):
         assert kept[:1] == before[:1], "the first in rank is never preempted"
         _assert_order(kept, preempted)
         num_rows = sum(len(chunk.prompt_logprobs) for chunk in scheduled.step.chunks)
-        assert num_rows <= self._max_num_prompt_logprobs
-        no_rows_left = num_rows == self._max_num_prompt_logprobs
+        scoring = [chunk for chunk in scheduled.step.chunks if chunk.prompt_logprobs]
+        is_whole = self._config.whole_prompts
+        assert num_rows <= self._config.max_num_prompt_logprobs or (is_whole and len(scoring) == 1)
+        no_rows_left = num_rows >= self._config.max_num_prompt_logprobs
         started = [request for request in self._running if request not in before]
         assert not (preempted and started), "who starts is not what others had to go for"
         for request in self._waiting:
             if any(request.rank < other.rank for other in started):
                 lacks_rows = no_rows_left and request.sampling.prompt_logprobs is not None
-                may_be_passed = request.is_paused or lacks_rows or self.kv.prefix_is_pending(request)
+                may_be_passed = request.is_paused or lacks_rows or self.kv.prefix_is_pending(request) or is_whole
                 assert may_be_passed or self._has_a_long_one_before(request, long, scheduled), "passed for no reason"
         assert not any(request.is_paused for request in self._running)
         assert all(request.num_hold_ups <= MAX_HOLD_UPS for request in self._running)
@@ -96,9 +100,10 @@ class WatchedScheduler(Scheduler):
             owed = [request.num_prompt_logprobs < request.num_prompt_logprobs_wanted for request in self._running]
             lacking = zip(self._running, owed, strict=True)
             served = {r for r, owes in lacking if r.num_left and not (owes and no_rows_left)}
-            assert served <= set(scheduled.requests), "budget is left, and somebody gets nothing"
+            if not self._config.whole_prompts or not set(scheduled.requests) & served:
+                assert served <= set(scheduled.requests), "budget is left, and somebody gets nothing"
         elif num_prompt_tokens > self._num_for_prompts:
-            assert self._whole_images, "more than a mixed step may read"
+            assert self._config.whole_images or self._config.whole_prompts, "more than a mixed step may read"
             assert num_prompt_tokens - scheduled.step.chunks[-1].num_tokens < self._num_for_prompts
         in_flight = any(r.num_steps_in_flight for r in [*self._running, *self._waiting])
         assert scheduled.requests or in_flight or not (self._running or self.num_waiting), "nobody gets on"
@@ -122,7 +127,8 @@ class WatchedScheduler(Scheduler):
         first = readers[0]
         [chunk] = [chunk for request, chunk in pairs if request is first]
         due = min(first.num_left, max(1, self._num_for_prompts // LONG_SHARE))
-        cut = bool(first.images) or len(chunk.prompt_logprobs) == self._max_num_prompt_logprobs
+        due = first.num_left if self._config.whole_prompts else due
+        cut = bool(first.images) or len(chunk.prompt_logprobs) == self._config.max_num_prompt_logprobs
         assert chunk.num_tokens >= due or cut
 
     def halve(self, scheduled: SchedulerOutput) -> SchedulerOutput:
@@ -248,9 +254,16 @@ def check_results(
     st.integers(0, 3),
     st.sampled_from(READINGS),
     st.booleans(),
+    st.sampled_from(STATES),
 )
 def test_small_lives(
-    rng: random.Random, num_requests: int, prefix_caching: bool, num_faults: int, images: ImageReading, ahead: bool
+    rng: random.Random,
+    num_requests: int,
+    prefix_caching: bool,
+    num_faults: int,
+    images: ImageReading,
+    ahead: bool,
+    states: str,
 ) -> None:
     """Short enough to be read when hypothesis has found one that fails."""
     info = make_info(
@@ -261,6 +274,8 @@ def test_small_lives(
         max_num_batched_tokens=rng.randint(1, 20),
         images=images,
         launches_ahead=ahead,
+        num_saved_states=None if states == "none" else 0 if states == "whole" else rng.randint(0, 4),
+        whole_prompts=states == "whole",
     )
     live(rng, info, num_requests, make_faults(rng, num_faults), prefix_caching=prefix_caching)
 
@@ -269,9 +284,9 @@ def test_small_lives(
 @pytest.mark.parametrize("num_faults", [0, 12])
 @pytest.mark.parametrize("images", READINGS)
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(9))
 def test_long_lives(seed: int, ahead: bool, images: ImageReading, num_faults: int, prefix_caching: bool) -> None:
-    rng = random.Random(seed)
+    rng, states = random.Random(seed), STATES[seed % len(STATES)]
     info = make_info(
         num_blocks=rng.randint(12, 30),
         block_size=rng.choice((2, 4)),
@@ -280,5 +295,7 @@ def test_long_lives(seed: int, ahead: bool, images: ImageReading, num_faults: in
         max_num_batched_tokens=rng.randint(8, 48),
         images=images,
         launches_ahead=ahead,
+        num_saved_states=None if states == "none" else 0 if states == "whole" else rng.randint(1, 12),
+        whole_prompts=states == "whole",
     )
     assert live(rng, info, 150, make_faults(rng, num_faults), prefix_caching=prefix_caching) > 0, "it was too easy"
