@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from tests.runtime.tiny_models import build_tiny
+from tests.runtime.tiny_in_turn import build_in_turn
+from tests.runtime.tiny_models import FAMILIES, build_tiny
 
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -36,7 +37,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def write_tiny_folder(folder: Path, family: str = "llama") -> Path:
     """The family's tiny model with a vocabulary of bytes, in ``folder``."""
     tokenizer = byte_tokenizer()
-    model = build_tiny(family, vocab_size=len(tokenizer), max_position_embeddings=4096)
+    build = build_tiny if family in FAMILIES else build_in_turn
+    model = build(family, vocab_size=len(tokenizer), max_position_embeddings=4096)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

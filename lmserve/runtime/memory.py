@@ -17,6 +17,11 @@ from lmserve.runtime.interface import DeviceMemory
 CGROUP = Path("/sys/fs/cgroup")
 CPU_SHARE = 0.25
 """Of the free memory: the machine is the user's, other programs and other models want some too."""
+STATE_SHARE, SAVED_SHARE = 0.25, 0.0625
+"""Of the free memory: what the recurrent states of running sequences may take, else fewer run at a time; and those that
+are saved for prefixes."""
+MOST_SAVED = 4
+"""Of these, for each sequence that may run."""
 CONTEXT_BYTES = 512 * 2**20
 """What a process has of a CUDA device beside torch's tensors: the context, kernels, libraries' workspaces. Expected:
 only the driver knows. What is free is measured, and lacks it."""
@@ -163,6 +168,20 @@ READERS: Mapping[str, Callable[[torch.device], GpuMemory]] = MappingProxyType({"
 """By the type of device."""
 
 
+def num_states(wanted: int, state_bytes: int, free: int) -> tuple[int, int]:
+    """Sequences with recurrent states that may run at a time, at most the ``wanted``, and saved states of prefixes.
+
+    Raises:
+        ModelLoadFailed: there is no room for a single sequence's.
+    """
+    if not state_bytes:
+        return wanted, 0
+    num_running = min(wanted, int(free * STATE_SHARE) // state_bytes)
+    if num_running < 1:
+        raise ModelLoadFailed(f"one sequence's recurrent state takes {state_bytes:,} bytes, and {free:,} are free")
+    return num_running, min(MOST_SAVED * num_running, int(free * SAVED_SHARE) // state_bytes)
+
+
 def size_cache(
     *,
     block_bytes: int,
@@ -190,7 +209,8 @@ def size_cache(
     elif budget > free:
         raise ModelLoadFailed(f"kv_cache_memory is {budget:,} bytes, and {free:,} are free on the device")
     wanted_len = asked_len or native_len or 4096
-    num_blocks = min(budget // block_bytes, max_num_seqs * -(-wanted_len // block_size))
+    most = max_num_seqs * -(-wanted_len // block_size)
+    num_blocks = min(budget // block_bytes, most) if block_bytes else most  # a model may keep nothing of its tokens
     capacity = num_blocks * block_size
     if asked_len > capacity:
         needed = -(-asked_len // block_size) * block_bytes

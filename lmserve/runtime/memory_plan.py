@@ -6,6 +6,7 @@ will run, not guessed from names in the configuration. What no count tells was m
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,21 @@ from lmserve.runtime.loader import (
     read_model_config,
     reads_images,
 )
-from lmserve.runtime.memory import CONTEXT_BYTES, CacheSize, graph_bytes, share_bytes, size_cache, usable_bytes
+from lmserve.runtime.memory import (
+    CONTEXT_BYTES,
+    CacheSize,
+    graph_bytes,
+    num_states,
+    share_bytes,
+    size_cache,
+    usable_bytes,
+)
 from lmserve.runtime.native.compiler import NativeUnavailable, check_available
-from lmserve.runtime.packed_lane import PackedLane, UnsupportedModel
+from lmserve.runtime.packed_lane import PackedLane
 from lmserve.runtime.prepack import linears_to_prepack
 from lmserve.runtime.quantization import Quantization, check_quantization, kind_of, quantized_bytes
+from lmserve.runtime.recurrent_state import has_states
+from lmserve.runtime.state_lane import StateLane
 from lmserve.runtime.vision.encoder import CACHE_BYTES
 
 CPU_BATCHED_TOKENS = 512
@@ -184,13 +195,10 @@ def _cache_size(
     model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype, rest: int, device: torch.device
 ) -> tuple[CacheSize, int]:
     """The KV cache that the rest allows; where it allows none that is worth it, the least one that is asked for."""
-    try:
-        with torch.inference_mode():
-            shapes = PackedLane(model).probe()
-    except UnsupportedModel as error:
-        raise ModelLoadFailed(f"{type(model).__name__} cannot be served: {error}") from error
-    except Exception:  # a model whose forward wants real numbers: its configuration has to do
-        shapes = _usual_shapes(model)
+    shapes, state_bytes = _what_is_kept(model)
+    with contextlib.suppress(ModelLoadFailed):
+        num_running, num_saved = num_states(config.max_num_seqs, state_bytes, rest)
+        rest -= (num_running + num_saved) * state_bytes
     bytes_per_block = block_bytes(shapes, config.block_size, cache_format(config) or dtype)
     native = native_context_length(model)
     least = config.max_model_len or min(native or LEAST_CONTEXT, LEAST_CONTEXT)
@@ -208,16 +216,29 @@ def _cache_size(
     except ModelLoadFailed:
         size = None
     if size is None or (size.max_model_len < least and not config.kv_cache_memory):
-        blocks = max(-(-least // config.block_size), config.kv_cache_memory // bytes_per_block)
+        blocks = max(-(-least // config.block_size), config.kv_cache_memory // max(1, bytes_per_block))
         size = CacheSize(blocks, min(least, blocks * config.block_size))
     return size, bytes_per_block
+
+
+def _what_is_kept(model: PreTrainedModel) -> tuple[dict[int, LayerShape], int]:
+    """Of each token, by layer, and of each sequence whatever its length, in bytes. In which lane is not known yet."""
+    try:
+        with torch.inference_mode():
+            lane = StateLane(model) if has_states(model.config.get_text_config()) else PackedLane(model)
+            return lane.probe(), lane.state_bytes if isinstance(lane, StateLane) else 0
+    except Exception:  # a model whose forward wants real numbers, or a lane of its own: its configuration has to do
+        return _usual_shapes(model), 0
 
 
 def _usual_shapes(model: PreTrainedModel) -> dict[int, LayerShape]:
     """As most configurations say it."""
     text: Any = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    all_heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(all_heads, int):
+        return {}
+    heads = getattr(text, "num_key_value_heads", None) or all_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // all_heads
     return dict.fromkeys(range(text.num_hidden_layers), LayerShape(heads, head_size, head_size))
 
 

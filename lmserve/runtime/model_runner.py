@@ -29,6 +29,7 @@ from lmserve.runtime.interface import (
     StepInput,
     StepOutput,
 )
+from lmserve.runtime.lane import Lane
 from lmserve.runtime.logprobs import RankedLogprobs, rank_logprobs
 from lmserve.runtime.packed_lane import PackedLane, StepProgram
 from lmserve.runtime.packing import StepPacker, alone
@@ -70,7 +71,7 @@ class PackedModelRunner:
 
     def __init__(
         self,
-        lane: PackedLane,
+        lane: Lane,
         sampler: Sampler,
         state: SamplingState,
         info: RunnerInfo,
@@ -98,10 +99,11 @@ class PackedModelRunner:
 
     @torch.inference_mode()
     def use_graphs(self, backend: AttentionBackend, graphs: Graphs) -> None:
-        """From now on steps that only decode are captured. ``backend``: the lane's, which reads lengths on the device.
+        """From now on steps that only decode are captured. ``backend``: the packed lane's, which reads lengths there.
 
         Comes before the first step.
         """
+        assert isinstance(self._lane, PackedLane)
         grid = self._packer.has_rotary_grid
         steps = DecodeSteps(self._lane, backend, self._sampler, self._state, self.info, graphs, has_rotary_grid=grid)
         self._decode_steps = steps
@@ -111,6 +113,7 @@ class PackedModelRunner:
         """Starts a step. On CUDA it returns while the device computes."""
         assert len(self._flights) < MAX_IN_FLIGHT, "collect comes first"
         with _fatal_if_the_device_fails():
+            self._lane.begin(step.new_sequences)
             for sequence in step.new_sequences:
                 self._take_slot(sequence)
             self._flights.append(self._launch(step.chunks))

@@ -24,9 +24,13 @@ from transformers import AttentionInterface
 
 from lmserve.runtime.attention.base import AttentionBackend, LayerCache, LayerOptions, Span
 from lmserve.runtime.attention_op import attending, give_handle, paged_attention
+from lmserve.runtime.interface import NewSequence, StateSave
 from lmserve.runtime.kv_cache import KVCache, LayerShape
 from lmserve.runtime.vision.layout import ImageRows
 
+KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "sparse", "dense", "mlp"})
+"""Kinds of layers, by transformers' names for them, whose attention is what it is called with. Others (in chunks,
+indexed, compressed) may look like these as long as prompts are short."""
 MIN_ROWS = 4
 """From four rows on torch's CPU products give a row the same bits whatever their number; below, other kernels run."""
 
@@ -50,6 +54,12 @@ class PackedBatch:
     spans: list[Span]
     images: ImageRows | None = None
     """The rows that are no text."""
+    slots: Sequence[int] = ()
+    """Of the spans' sequences, for lanes that remember more of them than lies in the cache."""
+    saves: Sequence[tuple[StateSave, ...]] = ()
+    """Of the spans' chunks."""
+    wanted: Sequence[int] = ()
+    """``logits_rows``, on the host."""
 
 
 class StepProgram(Protocol):
@@ -79,6 +89,9 @@ Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor, float, int | None, float 
 class PackedLane:
     """Owns the plug between a model and the paged cache. One model, one lane, one step at a time."""
 
+    name = "packed"
+    known_layers = KNOWN_LAYERS
+
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.program: StepProgram | None = None
@@ -90,6 +103,8 @@ class PackedLane:
         """By the same: the place in that order, which is the module's handle."""
         self._caches: list[LayerCache] = []
         """In that order."""
+        self._num_windows = 0
+        """Layers that were called with one."""
         self._cache: KVCache | None = None
         self._backend: AttentionBackend | None = None
         self._plan: Any = None
@@ -101,9 +116,15 @@ class PackedLane:
         self._name = f"lmserve_packed_{id(self):x}"
         AttentionInterface.register(self._name, self._attention)
         self._stock = self._current_implementation()
+        self._check_forward()
+        self._pass_deep_features()
+
+    def _check_forward(self) -> None:
         if not {"input_ids", "position_ids"} <= self._parameters:
             raise UnsupportedModel("its forward takes no position_ids, so packed sequences cannot be told apart")
-        self._pass_deep_features()
+
+    def begin(self, new_sequences: Sequence[NewSequence]) -> None:
+        """A step follows in which these take their slots. What a sequence has in the cache is all there is to it."""
 
     @contextmanager
     def stock_attention(self) -> Iterator[None]:
@@ -139,7 +160,18 @@ class PackedLane:
         self._forward({"input_ids": tokens[None]}, tokens[None], tokens[-1:])
         if not self.shapes:
             raise UnsupportedModel("its attention does not go through transformers' attention interface")
+        self._check_layers()
         return self.shapes
+
+    def _check_layers(self) -> None:
+        """What no comparison of short prompts would show. Raises UnsupportedModel."""
+        kinds = list(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
+        unknown = sorted(set(kinds) - self.known_layers)
+        if unknown:
+            raise UnsupportedModel(f"it has layers of the kind {unknown[0]}")
+        num_windows = sum("sliding" in kind for kind in kinds)
+        if self._num_windows < num_windows:
+            raise UnsupportedModel(f"{num_windows} of its layers have a window, and only {self._num_windows} say so")
 
     @property
     def num_slots(self) -> int:
@@ -162,6 +194,13 @@ class PackedLane:
         """Gives the lane its memory and its kernels; ``forward`` works from here on."""
         self._cache, self._backend = cache, backend
         self._caches = [cache.layers[layer] for layer in self.shapes]
+
+    def detach(self) -> None:
+        """Gives its memory back, and the model its own attention."""
+        self.run_as_written()
+        self._cache = self._backend = None
+        self._caches = []
+        self._set_implementation(self._stock)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """(R, vocab) logits in the model's dtype, valid until the next call."""
@@ -194,11 +233,17 @@ class PackedLane:
     def _forward_planned(
         self, inputs: dict[str, Tensor], positions: Tensor, slot_mapping: Tensor, logits_rows: Tensor, plan: Any
     ) -> Tensor:
+        with self._planned(plan, slot_mapping):
+            positions = positions[None] if positions.dim() == 1 else positions[:, None]
+            return self._forward(inputs, positions, logits_rows)
+
+    @contextmanager
+    def _planned(self, plan: Any, slot_mapping: Tensor) -> Iterator[None]:
+        """While it lasts, the layers attend as this step wants."""
         self._plan, self._slot_mapping = plan, slot_mapping
         try:
             with attending(self):
-                positions = positions[None] if positions.dim() == 1 else positions[:, None]
-                return self._forward(inputs, positions, logits_rows)
+                yield
         finally:
             self._plan = self._slot_mapping = None
             self._deep = {}
@@ -246,23 +291,28 @@ class PackedLane:
         s_aux: Tensor | None = None,
         **arguments: Any,
     ) -> tuple[Tensor, None]:
-        """query (1, heads, T, Dk), key and value (1, kv heads, T, D) -> ((1, T, heads, Dv), None): their contract."""
+        """query (1, heads, T, Dk), key and value (1, kv heads, T, D) -> ((1, T, heads, Dv), None): their contract.
+        Or, of decodes, (T, heads, 1, Dk) and so on.
+        """
         self._refuse_unknown(attention_mask, arguments)
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        # Rows are side by side; in the state lane's decodes they are a batch.
+        is_batch = query.shape[0] > 1
+        q, k, v = (x[:, :, 0] if is_batch else x[0].transpose(0, 1) for x in (query, key, value))
         scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
         if torch.compiler.is_dynamo_compiling():
             options = LayerOptions(scaling, sliding_window, softcap, s_aux)
-            return paged_attention(module, q, k, v, options)[None], None
+            return _as_called(paged_attention(module, q, k, v, options), is_batch), None
         if self._watcher is not None:
             return self._watcher(module, query, key, value, scaling, sliding_window, softcap, s_aux), None
         if self._cache is None:
             give_handle(module, self._layers.setdefault(id(module), len(self._layers)))
+            self._num_windows += id(module) not in self.shapes and sliding_window is not None
             self.shapes[id(module)] = LayerShape(k.shape[1], k.shape[2], v.shape[2])
-            return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
+            return _as_called(q.new_zeros(q.shape[0], q.shape[1], v.shape[2]), is_batch), None
         options = LayerOptions(scaling, sliding_window, softcap, s_aux)
         if query.is_cuda:
-            return paged_attention(module, q, k, v, options)[None], None
-        return self.attend_layer(self._layers[id(module)], q, k, v, options)[None], None
+            return _as_called(paged_attention(module, q, k, v, options), is_batch), None
+        return _as_called(self.attend_layer(self._layers[id(module)], q, k, v, options), is_batch), None
 
     def attend_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: LayerOptions) -> Tensor:
         """See ``attention_op.PagedStep``."""
@@ -296,3 +346,7 @@ class PackedLane:
             return
         (key,) = (k for k in config.sub_configs if getattr(config, k, None) is text_config)
         self.model.set_attn_implementation({key: name})
+
+
+def _as_called(rows: Tensor, is_batch: bool) -> Tensor:
+    return rows[:, None] if is_batch else rows[None]

@@ -139,6 +139,9 @@ class StepPacker:
             send_list(logits_rows, torch.int64, device),
             spans,
             images if images.rows else None,
+            slots=[chunk.slot for chunk in chunks],
+            saves=[chunk.saves for chunk in chunks],
+            wanted=logits_rows,
         )
 
     def _input_ids(self, ids: NDArray[np.int64], device_rows: list[int], device_slots: list[int]) -> Tensor:

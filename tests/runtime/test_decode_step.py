@@ -60,7 +60,8 @@ def spoil(runner: PackedModelRunner, steps: DecodeSteps) -> Callable[[], int]:
         for slot, num_known in enumerate(tables._num_known):
             unused = tables.blocks[slot, num_known:]
             unused.copy_(torch.from_numpy(random.integers(0, runner.info.num_blocks + 1, len(unused))))
-        for layer in runner._lane._cache.layers.values():  # type: ignore[union-attr]
+        lane: Any = runner._lane
+        for layer in lane._cache.layers.values():
             for pool in (layer.k, layer.v):
                 pool[scratch] = torch.randn(pool[scratch].shape) * 1e3
         runner._state.last_tokens[-1] = int(random.integers(-1, VOCAB_SIZE))

@@ -18,7 +18,7 @@ from lmserve.runtime.gpu import check_cache_format, rehearse, rework
 from lmserve.runtime.kv_cache import KVCache
 from lmserve.runtime.merged_linear import MergedLinear
 from lmserve.runtime.packed_lane import PackedLane
-from lmserve.runtime.self_check import check_packed_lane
+from lmserve.runtime.self_check import check_lane
 from tests.runtime import test_exactness as exactness
 from tests.runtime.captured_engine import runner_of
 from tests.runtime.test_exactness import generated, greedy, prompts
@@ -42,7 +42,7 @@ def test_a_reworked_model_is_exact_in_the_cache_of_the_rehearsal(family: str) ->
         assert expected_bytes > 0
         assert lane.num_slots >= 96
         assert compile_layers(lane, backend="aot_eager") == "" or family == "mixtral"
-        result = check_packed_lane(lane, VOCAB_SIZE, 8, lane.num_slots // 4, torch.float32)
+        result = check_lane(lane, VOCAB_SIZE, 8, lane.num_slots // 4, torch.float32)
         assert result.error < 1e-5
 
 
@@ -51,7 +51,8 @@ def test_keys_and_values_in_8_bits_change_little() -> None:
     engine = exactness.make_engine("llama", attention_backend="reference", kv_cache_dtype="fp8")
     plain = exactness.make_engine("llama", attention_backend="reference")
     eight, others = runner_of(engine), runner_of(plain)
-    pool, other = (runner._lane._caches[0].k for runner in (eight, others))
+    lanes: list[Any] = [runner._lane for runner in (eight, others)]
+    pool, other = (lane._caches[0].k for lane in lanes)
     assert (pool.dtype, other.dtype) == (torch.float8_e4m3fn, torch.float32)
     assert eight.info.kv_cache_bytes / eight.info.num_blocks * 4 == others.info.kv_cache_bytes / others.info.num_blocks
     answers = exactness.run(engine, [(prompt, greedy()) for prompt in prompts()])

@@ -1,4 +1,4 @@
-"""A model that a packed forward would serve wrongly is refused, not served."""
+"""A model that a lane would serve wrongly does not get it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import FalconConfig, Lfm2Config, LlamaConfig
+from transformers import FalconConfig, Lfm2Config, LlamaConfig, PreTrainedModel
 
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.attention.base import AttentionBackend, LayerCache, LayerOptions
 from lmserve.runtime.attention.cpu import CpuBackend
 from lmserve.runtime.build import assemble_runner
+from lmserve.runtime.build_in_turn import build_state
+from lmserve.runtime.build_packed import build_packed
+from lmserve.runtime.load_job import Fitted, LoadJob, NotExact
+from lmserve.runtime.packed_lane import PackedLane
+from lmserve.runtime.state_lane import StateLane
 from tests.runtime.tiny_models import BASE, FAMILIES, build_from_config, build_tiny, in_dtype
 
 CONFIG = ModelConfig(model="tiny", kv_cache_memory=2**20, block_size=4, max_model_len=64, max_num_seqs=4)
@@ -30,19 +35,55 @@ def test_half_precision_rounding_passes(family: str, dtype: torch.dtype) -> None
     assemble_runner(in_dtype(build_tiny(family), dtype), CONFIG, dtype)
 
 
-def test_recurrent_layers_are_refused() -> None:
+def packed(model: PreTrainedModel) -> Fitted:
+    return build_packed(LoadJob(model, CONFIG, torch.float32, lambda sentence, share: None, 0))
+
+
+def test_packed_recurrent_layers_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = ["conv", "full_attention", "conv", "full_attention"]
-    model = build_from_config(Lfm2Config(**{**BASE, "layer_types": layers, "block_auto_adjust_ff_dim": False}))
-    with pytest.raises(ModelLoadFailed, match=r"cannot be served exactly: packed logits differ .* of their spread"):
-        assemble_runner(model, CONFIG, torch.float32)
+    config = Lfm2Config(**{**BASE, "layer_types": layers, "block_auto_adjust_ff_dim": False})
+    with pytest.raises(NotExact, match="layers of the kind conv"):
+        packed(build_from_config(config))
+    monkeypatch.setattr(PackedLane, "known_layers", StateLane.known_layers)
+    with pytest.raises(NotExact, match=r"logits differ .* of their spread"):
+        packed(build_from_config(config))
 
 
-def test_a_model_outside_the_attention_interface_is_refused() -> None:
+def test_a_model_outside_the_attention_interface_is_not_packed() -> None:
     model = build_from_config(
         FalconConfig(vocab_size=160, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1)
     )
-    with pytest.raises(ModelLoadFailed, match="FalconForCausalLM cannot be served"):
-        assemble_runner(model, CONFIG, torch.float32)
+    with pytest.raises(NotExact, match="attention interface"):
+        packed(model)
+
+
+@pytest.mark.parametrize("kind", ["chunked_attention", "indexed_attention"])
+def test_kinds_of_layers_that_differ_only_in_long_prompts_are_not_packed(kind: str) -> None:
+    model = build_tiny("llama")
+    model.config.layer_types = [kind, "full_attention"] * 2
+    with pytest.raises(NotExact, match=f"layers of the kind {kind}"):
+        packed(model)
+
+
+def test_a_window_that_only_a_mask_would_know_is_not_packed() -> None:
+    model = build_tiny("gemma3")
+    for layer in model.get_submodule("model.layers").children():
+        layer.self_attn.sliding_window = None  # type: ignore[union-attr]
+    with pytest.raises(NotExact, match="2 of its layers have a window, and only 0 say so"):
+        packed(model)
+
+
+@pytest.mark.parametrize("how", ["packed", "state"])
+def test_a_lane_that_fails_leaves_the_models_own_attention(how: str) -> None:
+    """Else the next one would be compared with it."""
+    model = build_tiny("llama")
+    with torch.no_grad():
+        model.get_submodule("model.norm").weight.fill_(float("nan"))  # type: ignore[operator]
+    before = model.config._attn_implementation
+    build = build_packed if how == "packed" else build_state
+    with pytest.raises(NotExact):
+        build(LoadJob(model, CONFIG, torch.float32, lambda sentence, share: None, 0))
+    assert model.config._attn_implementation == before
 
 
 def forgets_window(options: LayerOptions) -> LayerOptions:
@@ -73,8 +114,11 @@ def test_a_backend_that_forgets_an_option_is_caught(
         return right(self, q, k, v, cache, plan, forget(options))
 
     monkeypatch.setattr(CpuBackend, "attend", wrong)
-    with pytest.raises(ModelLoadFailed, match="cannot be served exactly"):
-        assemble_runner(build_tiny(family), replace(CONFIG, attention_backend="cpu"), torch.float32)
+    said: list[str] = []
+    config = replace(CONFIG, attention_backend="cpu")
+    info = assemble_runner(build_tiny(family), config, torch.float32, lambda stage, _: said.append(stage)).info
+    assert info.lane == "serial", "where the model attends by itself"
+    assert [sentence for sentence in said if sentence.startswith("serial lane: packed: logits differ")]
 
 
 def test_not_a_number_is_refused() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
-from lmserve.runtime.build import READING_SHARE, Progress, Weights
+from lmserve.runtime.build import READING_SHARE, Weights
 from lmserve.runtime.encoder.batch import make_batch
 from lmserve.runtime.encoder.lanes import (
     EncoderLane,
@@ -25,6 +25,7 @@ from lmserve.runtime.encoder.modules import make_modules, score_activation
 from lmserve.runtime.encoder.recipe import Recipe, read_recipe
 from lmserve.runtime.encoder.runner import EmbeddingRunner, ScoreRunner
 from lmserve.runtime.interface import EncoderInput, RunnerInfo, Task
+from lmserve.runtime.load_job import Progress
 from lmserve.runtime.loader import fingerprint, load_model
 from lmserve.runtime.memory_plan import num_batched_tokens
 from lmserve.runtime.prepack import leave_the_files, prepack
