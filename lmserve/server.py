@@ -311,7 +311,8 @@ def describe(entry: ModelEntry) -> str:
     model = (
         f"\n{entry.model_id}  {info.architecture} from {entry.path}, loaded in {info.load_seconds:.1f} s\n"
         f"  device   {info.device}, {info.dtype}, attention: {info.attention_backend}, {info.lane} lane\n"
-        f"  weights  {info.num_parameters / 1e6:,.1f} M parameters, {size(info.weight_bytes)}\n"
+        + (f"  lane     {info.lane_reason}\n" if info.lane_reason else "")
+        + f"  weights  {info.num_parameters / 1e6:,.1f} M parameters, {size(info.weight_bytes)}\n"
     )
     if info.task != "generate":
         what = f"vectors of {info.row_size} numbers" if info.task == "embed" else f"{info.row_size} label(s)"

@@ -227,6 +227,7 @@ def _instance(entry: ModelEntry) -> Instance:
         estimated_bytes=0 if entry.plan is None else entry.plan.total_bytes,
         load_time_seconds=0.0 if info is None else info.load_seconds,
         lane="" if info is None else info.lane,
+        lane_reason="" if info is None else info.lane_reason,
         restarts=entry.restarts,
         failure=entry.failure,
     )

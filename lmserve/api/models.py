@@ -58,6 +58,7 @@ def _item(entry: ModelEntry) -> ModelItem:
         max_context_length=_max_context_length(entry),
         loaded_context_length=None if info is None else context_length(info),
         capabilities=[*entry.capabilities],
+        lane=None if info is None else info.lane,
     )
 
 

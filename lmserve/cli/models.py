@@ -97,7 +97,7 @@ def ps(url: Url = "", api_key: ApiKey = "", as_json: AsJson = False) -> None:
         say(NONE_LOADED)
     else:
         columns = ["IDENTIFIER", "MODEL", "STATUS", "SIZE", "CONTEXT", "PARALLEL", "WEIGHTS", "DEVICE", "BUSY"]
-        columns += ["DEVICE MEMORY", "TTL"]
+        columns += ["DEVICE MEMORY", "LANE", "TTL"]
         print_table("", columns, [_instance_row(model, instance) for model, instance in found])
 
 
@@ -118,6 +118,7 @@ def _instance_row(model: ManagedModel, instance: Instance) -> list[str]:
         config.device.upper() if config else _UNKNOWN,
         _busy(instance),
         _device_memory(instance.device),
+        instance.lane or _UNKNOWN,
         _time_to_live(instance),
     ]
 

@@ -37,6 +37,7 @@ def test_the_loaded_models(server: RunningServer) -> None:
         "max_context_length": 512,
         "loaded_context_length": 512,
         "capabilities": [],
+        "lane": "none",
     }
 
 

@@ -77,6 +77,7 @@ def instance(name: str, **changes: Any) -> Instance:
         estimated_bytes=2 * GIB,
         load_time_seconds=2.5,
         lane="packed",
+        lane_reason="",
         restarts=0,
         failure=None,
     )

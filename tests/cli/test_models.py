@@ -79,11 +79,11 @@ def test_ps_says_what_each_does() -> None:
         as_json = lmserve("ps", "--json", "--url", url)
     lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line]
     assert lines == [
-        "IDENTIFIER MODEL STATUS SIZE CONTEXT PARALLEL WEIGHTS DEVICE BUSY DEVICE MEMORY TTL",
-        "a-coming x/two LOADING 42% (weights) - - - - - - - none",
-        "b-busy x/one GENERATING (3, 2 queued) 1.00 GiB 4096 8 float32 CPU 42% 9.00 GiB / 16.0 GiB 1h / 1h",
-        "c-idle x/one IDLE 1.00 GiB 4096 8 float32 CPU 42% 9.00 GiB / 16.0 GiB 1m 30s / 1h",
-        "d-failed x/two FAILED (out of memory) - 4096 8 float32 CPU - - none",
+        "IDENTIFIER MODEL STATUS SIZE CONTEXT PARALLEL WEIGHTS DEVICE BUSY DEVICE MEMORY LANE TTL",
+        "a-coming x/two LOADING 42% (weights) - - - - - - - packed none",
+        "b-busy x/one GENERATING (3, 2 queued) 1.00 GiB 4096 8 float32 CPU 42% 9.00 GiB / 16.0 GiB packed 1h / 1h",
+        "c-idle x/one IDLE 1.00 GiB 4096 8 float32 CPU 42% 9.00 GiB / 16.0 GiB packed 1m 30s / 1h",
+        "d-failed x/two FAILED (out of memory) - 4096 8 float32 CPU - - packed none",
     ]
     listed = json.loads(as_json.stdout)
     assert [(item["id"], item["model"]) for item in listed] == [
@@ -107,8 +107,8 @@ def test_ps_has_a_gpus_figures_as_far_as_they_are_known() -> None:
         as_json = lmserve("ps", "--json", "--url", url)
     lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line]
     assert lines[1:] == [
-        "told x/one IDLE 36.0 GiB 4096 8 bfloat16 CUDA:0 97% 74.0 GiB / 80.0 GiB none",
-        "untold x/one IDLE 36.0 GiB 4096 8 bfloat16 CUDA:0 - - / 80.0 GiB none",
+        "told x/one IDLE 36.0 GiB 4096 8 bfloat16 CUDA:0 97% 74.0 GiB / 80.0 GiB packed none",
+        "untold x/one IDLE 36.0 GiB 4096 8 bfloat16 CUDA:0 - - / 80.0 GiB packed none",
     ]
     listed = json.loads(as_json.stdout)
     assert listed[0]["device"] == {

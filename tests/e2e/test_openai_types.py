@@ -15,7 +15,7 @@ from tests.e2e.serving import Server
 
 CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 8}
 PROMPT = {"prompt": "Once upon a time", "max_tokens": 4}
-OURS = {"model": {"type", "state", "max_context_length", "loaded_context_length", "capabilities"}}
+OURS = {"model": {"type", "state", "max_context_length", "loaded_context_length", "capabilities", "lane"}}
 """What answers have beyond OpenAI's, on purpose."""
 
 

@@ -80,6 +80,9 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """What it may take when it is full; 0 until that is known."""
     load_time_seconds: float
     lane: str
+    """How its steps are computed: ``native``, ``packed``, ``state`` or ``serial``."""
+    lane_reason: str
+    """Why no faster lane would do; empty if it is the fastest."""
     restarts: int
     failure: str | None
 

@@ -19,6 +19,8 @@ class ModelItem(msgspec.Struct, frozen=True):
     max_context_length: int | None
     loaded_context_length: int | None
     capabilities: list[str]
+    lane: str | None
+    """Of a loaded model, how its steps are computed."""
 
 
 class ModelList(msgspec.Struct, frozen=True):
