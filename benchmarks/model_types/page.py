@@ -26,7 +26,8 @@ load says so with the figures. Lanes, the fastest first:
 | state, whole prompts | the same, for models that do not go on from a state with more than one token |
 | serial | each sequence by itself, with the model's own cache |
 
-What a load compares on the real weights decides, not this page. Images are read where the lane is packed.
+What a load compares on the real weights decides, not this page. Images are read in the packed lane and in the state
+lane, where prompts need not be whole.
 """
 
 

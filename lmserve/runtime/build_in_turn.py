@@ -6,9 +6,10 @@ from torch import nn
 
 from lmserve.runtime.attention import backend_class
 from lmserve.runtime.attention.base import AttentionBackend, CacheLayout
-from lmserve.runtime.build_packed import context_cost
+from lmserve.runtime.build_packed import context_cost, look_at_pictures
 from lmserve.runtime.gpu import check_cache_format, rework
 from lmserve.runtime.kv_cache import KVCache, block_bytes
+from lmserve.runtime.latent import wants_latents
 from lmserve.runtime.load_job import Fitted, LoadJob, NotExact, off_by, trying
 from lmserve.runtime.loader import reads_images
 from lmserve.runtime.memory import num_states
@@ -21,13 +22,11 @@ from lmserve.runtime.serial_lane import SerialLane
 from lmserve.runtime.state_lane import StateLane
 from lmserve.runtime.vision.check import ImageCheck
 
-NO_IMAGES = ImageCheck("none")
-
 
 def build_state(job: LoadJob) -> Fitted:
     """Sizes, checks. Raises as ``build_packed`` does."""
     with trying():
-        lane = StateLane(job.model)
+        lane = StateLane(job.model, keeps_latents=wants_latents(job.config, job.device))
     try:
         with trying():
             lane.probe()
@@ -47,7 +46,7 @@ def _build_state(job: LoadJob, lane: StateLane) -> Fitted:
     max_num_seqs, num_saved = num_states(config.max_num_seqs, lane.state_bytes, free)
     if max_num_seqs < config.max_num_seqs:
         job.tell(f"max_num_seqs is {max_num_seqs}: a sequence's recurrent state takes {lane.state_bytes:,} bytes")
-    bytes_of_states = (max_num_seqs + num_saved + 1) * lane.state_bytes
+    bytes_of_states = (max_num_seqs + num_saved) * lane.state_bytes
     bytes_per_block = block_bytes(lane.shapes, config.block_size, cache_dtype or dtype)
     size = job.size_cache(bytes_per_block, free - bytes_of_states, max_num_seqs)
     for sentence in pin_rope(job.model, size.max_model_len):
@@ -56,6 +55,8 @@ def _build_state(job: LoadJob, lane: StateLane) -> Fitted:
     backend = backend_type(layout)
     lane.attach(KVCache(lane.shapes, layout), backend)
     lane.make_rows(max_num_seqs, num_saved)
+    images = _no_images(job, "its prompts have to be read at once") if whole else look_at_pictures(job, lane, size)
+    lane.forget()
     return Fitted(
         lane=lane,
         size=size,
@@ -64,7 +65,7 @@ def _build_state(job: LoadJob, lane: StateLane) -> Fitted:
         attention_backend=backend.name if lane.shapes else "none",
         backend=backend,
         context_cost=context_cost(lane),
-        images=_no_images(job),
+        images=images,
         num_saved_states=0 if whole or not config.prefix_caching else num_saved,
         whole_prompts=whole,
     )
@@ -96,7 +97,7 @@ def build_serial(job: LoadJob) -> Fitted:
         max_num_seqs=config.max_num_seqs,
         attention_backend="its own",
         backend=None,
-        images=_no_images(job),
+        images=_no_images(job, "each sequence has the model's own cache"),
         num_saved_states=0,
         whole_prompts=whole,
     )
@@ -141,7 +142,5 @@ def _get_weights_ready(job: LoadJob, lane: StateLane | None) -> None:
         quantize_by_torchao(model, kind)
 
 
-def _no_images(job: LoadJob) -> ImageCheck:
-    if not reads_images(job.model.config):
-        return NO_IMAGES
-    return ImageCheck("none", reason="Its text is not served in the packed lane, and images only there.")
+def _no_images(job: LoadJob, reason: str) -> ImageCheck:
+    return ImageCheck("none", reason=reason if reads_images(job.model.config) else "")

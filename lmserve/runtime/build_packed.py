@@ -14,6 +14,7 @@ from lmserve.runtime.attention import backend_class
 from lmserve.runtime.attention.base import CacheLayout
 from lmserve.runtime.gpu import check_cache_format, compile_for_serving, rehearse, rework
 from lmserve.runtime.kv_cache import KVCache, block_bytes
+from lmserve.runtime.latent import wants_latents
 from lmserve.runtime.load_job import Fitted, LoadJob, NotExact, off_by, trying
 from lmserve.runtime.loader import reads_images
 from lmserve.runtime.memory import CacheSize, hold_bytes
@@ -41,7 +42,7 @@ def build_packed(job: LoadJob) -> Fitted:
         ModelLoadFailed: it does not fit.
     """
     with trying():
-        lane = PackedLane(job.model)
+        lane = PackedLane(job.model, keeps_latents=wants_latents(job.config, job.device))
     try:
         with trying():
             lane.probe()
@@ -78,7 +79,7 @@ def _build(job: LoadJob, lane: PackedLane) -> Fitted:
     _make_fast(job, lane, cache, layout)
     if cache_dtype is None:
         _check(job, lane)
-    images = _check_images(job, lane, size) if reads_images(model.config) else ImageCheck("none")
+    images = look_at_pictures(job, lane, size)
     getting_ready.join()
     hold_bytes(device, activations)
     return Fitted(
@@ -128,8 +129,11 @@ def _get_ready(cache: KVCache) -> Thread:
     return thread
 
 
-def _check_images(job: LoadJob, lane: PackedLane, size: CacheSize) -> ImageCheck:
+def look_at_pictures(job: LoadJob, lane: PackedLane, size: CacheSize) -> ImageCheck:
+    """Whether the model reads images, and how, of those that could; the lane's first blocks are overwritten."""
     config = job.config
+    if not reads_images(job.model.config):
+        return ImageCheck("none")
     job.progress("looking at two pictures", 0.95)
     try:
         processor = ImageProcessor.load(

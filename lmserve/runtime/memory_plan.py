@@ -20,6 +20,7 @@ from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.interface import MemoryPlan
 from lmserve.runtime.kv_cache import LayerShape, block_bytes
+from lmserve.runtime.latent import wants_latents
 from lmserve.runtime.loader import (
     ModelSource,
     choose_dtype,
@@ -195,7 +196,7 @@ def _cache_size(
     model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype, rest: int, device: torch.device
 ) -> tuple[CacheSize, int]:
     """The KV cache that the rest allows; where it allows none that is worth it, the least one that is asked for."""
-    shapes, state_bytes = _what_is_kept(model)
+    shapes, state_bytes = _what_is_kept(model, keeps_latents=wants_latents(config, device))
     with contextlib.suppress(ModelLoadFailed):
         num_running, num_saved = num_states(config.max_num_seqs, state_bytes, rest)
         rest -= (num_running + num_saved) * state_bytes
@@ -221,11 +222,12 @@ def _cache_size(
     return size, bytes_per_block
 
 
-def _what_is_kept(model: PreTrainedModel) -> tuple[dict[int, LayerShape], int]:
+def _what_is_kept(model: PreTrainedModel, *, keeps_latents: bool) -> tuple[dict[int, LayerShape], int]:
     """Of each token, by layer, and of each sequence whatever its length, in bytes. In which lane is not known yet."""
     try:
         with torch.inference_mode():
-            lane = StateLane(model) if has_states(model.config.get_text_config()) else PackedLane(model)
+            kind = StateLane if has_states(model.config.get_text_config()) else PackedLane
+            lane = kind(model, keeps_latents=keeps_latents)
             return lane.probe(), lane.state_bytes if isinstance(lane, StateLane) else 0
     except Exception:  # a model whose forward wants real numbers, or a lane of its own: its configuration has to do
         return _usual_shapes(model), 0

@@ -26,6 +26,7 @@ from lmserve.runtime.attention.base import AttentionBackend, LayerCache, LayerOp
 from lmserve.runtime.attention_op import attending, give_handle, paged_attention
 from lmserve.runtime.interface import NewSequence, StateSave
 from lmserve.runtime.kv_cache import KVCache, LayerShape
+from lmserve.runtime.latent import absorb, expand_again, find_latents, hand_through, hands_through, release
 from lmserve.runtime.vision.layout import ImageRows
 
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "sparse", "dense", "mlp"})
@@ -92,8 +93,10 @@ class PackedLane:
     name = "packed"
     known_layers = KNOWN_LAYERS
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, keeps_latents: bool = False) -> None:
+        """``keeps_latents``: of layers that have them, instead of keys and values (``latent.py``)."""
         self.model: Any = model
+        self._latent_layers = find_latents(model) if keeps_latents else []
         self.program: StepProgram | None = None
         """Runs the steps that it takes, all but those with images."""
         self.compiled: CompiledParts | None = None
@@ -299,20 +302,25 @@ class PackedLane:
         is_batch = query.shape[0] > 1
         q, k, v = (x[:, :, 0] if is_batch else x[0].transpose(0, 1) for x in (query, key, value))
         scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-        if torch.compiler.is_dynamo_compiling():
-            options = LayerOptions(scaling, sliding_window, softcap, s_aux)
-            return _as_called(paged_attention(module, q, k, v, options), is_batch), None
-        if self._watcher is not None:
+        options = LayerOptions(scaling, sliding_window, softcap, s_aux)
+        if hands_through(module):
+            out = release(module, self._attend(module, absorb(module, q), k, v, options))
+        elif torch.compiler.is_dynamo_compiling() or self._watcher is None:
+            out = self._attend(module, q, k, v, options)
+        else:
             return self._watcher(module, query, key, value, scaling, sliding_window, softcap, s_aux), None
+        return _as_called(out, is_batch), None
+
+    def _attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: LayerOptions) -> Tensor:
+        """(T, heads, D) each -> (T, heads, Dv); while nothing is attached, only looks at them."""
+        if torch.compiler.is_dynamo_compiling() or (q.is_cuda and self._cache is not None):
+            return paged_attention(module, q, k, v, options)
         if self._cache is None:
             give_handle(module, self._layers.setdefault(id(module), len(self._layers)))
-            self._num_windows += id(module) not in self.shapes and sliding_window is not None
+            self._num_windows += id(module) not in self.shapes and options.window is not None
             self.shapes[id(module)] = LayerShape(k.shape[1], k.shape[2], v.shape[2])
-            return _as_called(q.new_zeros(q.shape[0], q.shape[1], v.shape[2]), is_batch), None
-        options = LayerOptions(scaling, sliding_window, softcap, s_aux)
-        if query.is_cuda:
-            return _as_called(paged_attention(module, q, k, v, options), is_batch), None
-        return _as_called(self.attend_layer(self._layers[id(module)], q, k, v, options), is_batch), None
+            return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+        return self.attend_layer(self._layers[id(module)], q, k, v, options)
 
     def attend_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: LayerOptions) -> Tensor:
         """See ``attention_op.PagedStep``."""
@@ -339,6 +347,10 @@ class PackedLane:
         return str(self.model.config.get_text_config()._attn_implementation)
 
     def _set_implementation(self, name: str) -> None:
+        if name == self._name:
+            hand_through(self._latent_layers)
+        else:
+            expand_again(self._latent_layers)
         config = self.model.config
         text_config = config.get_text_config()
         if text_config is config:

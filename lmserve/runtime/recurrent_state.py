@@ -95,14 +95,12 @@ def fill_cache(cache: DynamicCache, states: States, shapes: dict[StateKey, State
 
 
 class StateRows:
-    """Owns the rows. The last one is nobody's: padding reads it."""
+    """Owns the rows."""
 
     def __init__(self, shapes: dict[StateKey, StateShape], num_rows: int, device: torch.device) -> None:
-        self.scratch = num_rows
         self._device = device
         self._rows = {
-            key: torch.zeros((num_rows + 1, *shape.size), dtype=shape.dtype, device=device)
-            for key, shape in shapes.items()
+            key: torch.zeros((num_rows, *shape.size), dtype=shape.dtype, device=device) for key, shape in shapes.items()
         }
 
     def gather(self, rows: Sequence[int]) -> States:

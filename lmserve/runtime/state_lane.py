@@ -73,12 +73,12 @@ class StateLane(PackedLane):
     name = "state"
     known_layers = KNOWN_LAYERS | {"linear_attention", "conv", "hybrid", "hybrid_sliding", "moe"}
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, keeps_latents: bool = False) -> None:
         self._state_shapes: dict[StateKey, StateShape] = {}
         self._rows: StateRows | None = None
         self._num_slots = 0
         self._outcome = _Outcome({}, [])
-        super().__init__(model)
+        super().__init__(model, keeps_latents=keeps_latents)
         self._text_config = self.model.config.get_text_config()
 
     def _check_forward(self) -> None:
@@ -163,7 +163,7 @@ class StateLane(PackedLane):
     def _gather(self, piece: _Piece) -> States:
         assert self._rows is not None, "make_rows comes first"
         num_padded = max(0, MIN_ROWS - len(piece.slots)) if piece.is_batch else 0
-        return self._rows.gather([*piece.slots, *[self._rows.scratch] * num_padded])
+        return self._rows.gather([*piece.slots, *piece.slots[:1] * num_padded])
 
     def _run(
         self, batch: PackedBatch, piece: _Piece, inputs: dict[str, Tensor], kept: list[int], states: States

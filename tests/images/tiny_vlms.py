@@ -151,6 +151,21 @@ _FAMILIES: Mapping[str, Family] = {
         "Qwen3VLProcessor",
         templates.QWEN3,
     ),
+    "qwen3.5": _qwen(
+        "Qwen3_5",
+        {
+            "rope_parameters": INTERLEAVED,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        },
+        {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 64, "num_position_embeddings": 64},
+        "Qwen3VLProcessor",
+        templates.QWEN3,
+    ),
     "llava": Family(
         config="LlavaConfig",
         text={**TEXT, "model_type": "llama"},

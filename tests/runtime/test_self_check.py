@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lmserve.runtime.build_in_turn import build_state
 from lmserve.runtime.build_packed import build_packed
 from lmserve.runtime.load_job import Fitted, LoadJob, NotExact
 from lmserve.runtime.packed_lane import PackedLane
+from lmserve.runtime.self_check import CHUNKED, PACKED, WHOLE, _longest_prompt, _steps
 from lmserve.runtime.state_lane import StateLane
 from tests.runtime.tiny_models import BASE, FAMILIES, build_from_config, build_tiny, in_dtype
 
@@ -84,6 +86,28 @@ def test_a_lane_that_fails_leaves_the_models_own_attention(how: str) -> None:
     with pytest.raises(NotExact):
         build(LoadJob(model, CONFIG, torch.float32, lambda sentence, share: None, 0))
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("said", "manner", "longest"),
+    [
+        ({}, PACKED, 23),
+        ({"sliding_window": 40}, PACKED, 48),
+        ({"sliding_window": 4096}, PACKED, 23),
+        ({}, CHUNKED, 144),
+        ({"chunk_size": 8}, CHUNKED, 32),
+        ({"mamba_chunk_size": 256}, WHOLE, 528),
+        ({"chunk_size": 4096}, CHUNKED, 528),
+        ({"max_position_embeddings": 100}, CHUNKED, 100),
+    ],
+)
+def test_the_first_prompt_crosses_what_layers_compute_at_once(said: dict[str, int], manner: str, longest: int) -> None:
+    """Two chunks, each longer than that, or the difference would not show."""
+    text_config = SimpleNamespace(**said)
+    assert _longest_prompt(text_config, 1000, manner) == longest
+    chunks = [n for step in _steps([longest, 9, 14], manner) for prompt, n in step if prompt == 0]
+    assert sum(chunks) == longest
+    assert _longest_prompt(text_config, 30, manner) <= 30
 
 
 def forgets_window(options: LayerOptions) -> LayerOptions:

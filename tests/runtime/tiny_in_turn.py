@@ -108,7 +108,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
-            "block_size": 8,
+            "block_size": 16,
             "layer_types": ["linear_attention", "full_attention"] * 2,
         },
     ),

@@ -17,11 +17,12 @@ from torch import Tensor
 from lmserve.images.placeholders import locate_images
 from lmserve.images.processor import ImageProcessor
 from lmserve.runtime.attention.base import Span
-from lmserve.runtime.interface import ImageReading, PromptImage
+from lmserve.runtime.interface import ImageReading, NewSequence, PromptImage
 from lmserve.runtime.packed_lane import PackedBatch, PackedLane, UnsupportedModel
 from lmserve.runtime.self_check import TOLERANCE
 from lmserve.runtime.vision.encoder import EncodedImage, ImageEncoder
 from lmserve.runtime.vision.layout import ImageRows, PromptReader
+from lmserve.sampling_params import SamplingParams
 
 PICTURE_SIZES = ((64, 48), (40, 72))
 """Width and height. Small, but processors that know one size enlarge them."""
@@ -134,7 +135,12 @@ def _run(
             torch.arange(end - start, device=device),
             [Span(0, end - start, end, table, layout.runs)],
             rows if rows.rows else None,
+            slots=[0],
+            saves=[()],
+            wanted=range(end - start),
         )
+        prompt = tuple(sample.token_ids)
+        lane.begin([] if start else [NewSequence(0, prompt, len(prompt), SamplingParams(max_tokens=1), 0)])
         pieces.append(lane.forward(batch).to(torch.float32, copy=True))
         start = end
     return torch.cat(pieces)

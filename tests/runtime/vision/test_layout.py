@@ -17,7 +17,7 @@ from tests.images.tiny_vlms import model_inputs
 from tests.runtime.vision.chats import NUM_NEW, chats
 from tests.runtime.vision.conftest import Families
 
-WITH_M_ROPE = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+WITH_M_ROPE = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5")
 IMAGE = 9
 # two images: one in two rows with a break (8) between them and an end (7), one in a row of its own
 PROMPT = (1, 2, IMAGE, IMAGE, 8, IMAGE, IMAGE, 7, 3, IMAGE, IMAGE, IMAGE, 4, 5)
