@@ -42,7 +42,7 @@ from lmserve.runtime.native.compiler import NativeUnavailable, check_available
 from lmserve.runtime.packed_lane import PackedLane
 from lmserve.runtime.prepack import linears_to_prepack
 from lmserve.runtime.quantization import Quantization, check_quantization, kind_of, quantized_bytes
-from lmserve.runtime.recurrent_state import has_states
+from lmserve.runtime.recurrent_state import has_states, row_bytes
 from lmserve.runtime.state_lane import StateLane
 from lmserve.runtime.vision.encoder import CACHE_BYTES
 
@@ -75,14 +75,14 @@ def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
     fixed = fixed_bytes(device)
     free = usable_bytes(device, config.gpu_memory_utilization, graphs=False, others=reserved_bytes) + fixed
     rest = free - weights - activations - fixed
-    size, bytes_per_block = _cache_size(model, config, dtype, rest, device)
+    size, kv_cache_bytes = _cache_size(model, config, dtype, rest, device)
     return MemoryPlan(
         device=str(device),
         dtype=number_format(dtype, config.quantization),
         max_model_len=size.max_model_len,
         max_num_seqs=config.max_num_seqs,
         weight_bytes=weights,
-        kv_cache_bytes=size.num_blocks * bytes_per_block,
+        kv_cache_bytes=kv_cache_bytes,
         kv_cache_tokens=size.num_blocks * config.block_size,
         activation_bytes=activations,
         fixed_bytes=fixed,
@@ -195,11 +195,13 @@ def number_format(dtype: torch.dtype, quantization: str) -> str:
 def _cache_size(
     model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype, rest: int, device: torch.device
 ) -> tuple[CacheSize, int]:
-    """The KV cache that the rest allows; where it allows none that is worth it, the least one that is asked for."""
-    shapes, state_bytes = _what_is_kept(model, keeps_latents=wants_latents(config, device))
+    """The KV cache that the rest allows, and its bytes, recurrent states included. Where the rest allows none that is
+    worth it, the least one that is asked for."""
+    shapes, state_bytes = _what_is_kept(model, dtype, keeps_latents=wants_latents(config, device))
+    bytes_of_states = state_bytes
     with contextlib.suppress(ModelLoadFailed):
-        num_running, num_saved = num_states(config.max_num_seqs, state_bytes, rest)
-        rest -= (num_running + num_saved) * state_bytes
+        bytes_of_states = sum(num_states(config.max_num_seqs, state_bytes, rest)) * state_bytes
+    rest -= bytes_of_states
     bytes_per_block = block_bytes(shapes, config.block_size, cache_format(config) or dtype)
     native = native_context_length(model)
     least = config.max_model_len or min(native or LEAST_CONTEXT, LEAST_CONTEXT)
@@ -219,16 +221,20 @@ def _cache_size(
     if size is None or (size.max_model_len < least and not config.kv_cache_memory):
         blocks = max(-(-least // config.block_size), config.kv_cache_memory // max(1, bytes_per_block))
         size = CacheSize(blocks, min(least, blocks * config.block_size))
-    return size, bytes_per_block
+    return size, size.num_blocks * bytes_per_block + bytes_of_states
 
 
-def _what_is_kept(model: PreTrainedModel, *, keeps_latents: bool) -> tuple[dict[int, LayerShape], int]:
+def _what_is_kept(
+    model: PreTrainedModel, dtype: torch.dtype, *, keeps_latents: bool
+) -> tuple[dict[int, LayerShape], int]:
     """Of each token, by layer, and of each sequence whatever its length, in bytes. In which lane is not known yet."""
     try:
         with torch.inference_mode():
             kind = StateLane if has_states(model.config.get_text_config()) else PackedLane
             lane = kind(model, keeps_latents=keeps_latents)
-            return lane.probe(), lane.state_bytes if isinstance(lane, StateLane) else 0
+            shapes = lane.probe()
+            states = lane.state_shapes if isinstance(lane, StateLane) else {}
+            return shapes, row_bytes(states, seen_in=model.dtype, will_be=dtype)
     except Exception:  # a model whose forward wants real numbers, or a lane of its own: its configuration has to do
         return _usual_shapes(model), 0
 

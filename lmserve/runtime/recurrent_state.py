@@ -78,9 +78,16 @@ def learn_shapes(cache: DynamicCache) -> dict[StateKey, StateShape]:
     return shapes
 
 
-def row_bytes(shapes: dict[StateKey, StateShape]) -> int:
-    """What one sequence's states take."""
-    return sum(math.prod(shape.size) * shape.dtype.itemsize for shape in shapes.values())
+def row_bytes(
+    shapes: dict[StateKey, StateShape], *, seen_in: torch.dtype | None = None, will_be: torch.dtype | None = None
+) -> int:
+    """What one sequence's states take. Where the model was seen in another format than it ``will_be`` in, those states
+    that were in that, too, will change with it."""
+
+    def itemsize(dtype: torch.dtype) -> int:
+        return (will_be if will_be is not None and dtype == seen_in else dtype).itemsize
+
+    return sum(math.prod(shape.size) * itemsize(shape.dtype) for shape in shapes.values())
 
 
 def fill_cache(cache: DynamicCache, states: States, shapes: dict[StateKey, StateShape]) -> None:

@@ -74,7 +74,8 @@ class StateLane(PackedLane):
     known_layers = KNOWN_LAYERS | {"linear_attention", "conv", "hybrid", "hybrid_sliding", "moe"}
 
     def __init__(self, model: nn.Module, *, keeps_latents: bool = False) -> None:
-        self._state_shapes: dict[StateKey, StateShape] = {}
+        self.state_shapes: dict[StateKey, StateShape] = {}
+        """Learnt by ``probe``."""
         self._rows: StateRows | None = None
         self._num_slots = 0
         self._outcome = _Outcome({}, [])
@@ -97,7 +98,7 @@ class StateLane(PackedLane):
     @property
     def state_bytes(self) -> int:
         """Of one sequence's states."""
-        return row_bytes(self._state_shapes)
+        return row_bytes(self.state_shapes)
 
     def probe(self) -> dict[int, LayerShape]:
         """Learns the shapes of attention layers and states. Raises UnsupportedModel."""
@@ -105,8 +106,8 @@ class StateLane(PackedLane):
         tokens = torch.arange(PROBE_TOKENS, device=self.model.device)
         cache = new_cache(self._text_config)
         self._call({"input_ids": tokens[None]}, tokens[None], tokens[-1:], cache)
-        self._state_shapes = learn_shapes(cache)
-        if not self.shapes and not self._state_shapes:
+        self.state_shapes = learn_shapes(cache)
+        if not self.shapes and not self.state_shapes:
             raise UnsupportedModel("it keeps nothing in transformers' cache object")
         self._check_layers()
         return self.shapes
@@ -114,7 +115,7 @@ class StateLane(PackedLane):
     def make_rows(self, num_slots: int, num_saved: int) -> None:
         """Room for the states of so many sequences, and so many saved ones behind them."""
         self._num_slots = num_slots
-        self._rows = StateRows(self._state_shapes, num_slots + num_saved, self.model.device)
+        self._rows = StateRows(self.state_shapes, num_slots + num_saved, self.model.device)
 
     def forget(self) -> None:
         """All that slots hold."""
@@ -181,7 +182,7 @@ class StateLane(PackedLane):
         inputs = {name: x[0].index_select(0, rows) for name, x in inputs.items()}
         inputs = {name: x[:, None] if piece.is_batch else x[None] for name, x in inputs.items()}
         cache = new_cache(self._text_config)
-        fill_cache(cache, states, self._state_shapes)
+        fill_cache(cache, states, self.state_shapes)
         with self._planned(self._backend.plan(piece.spans), slots):
             logits = self._call(inputs, positions, torch.tensor(kept or [0], device=device), cache)
         return logits, self._checked(read_states(cache))
@@ -202,7 +203,7 @@ class StateLane(PackedLane):
 
     def _checked(self, states: States) -> States:
         sizes = {key: tuple(tensor.shape[1:]) for key, tensor in states.items()}
-        if sizes != {key: shape.size for key, shape in self._state_shapes.items()}:
+        if sizes != {key: shape.size for key, shape in self.state_shapes.items()}:
             raise UnsupportedModel("its states change their shape with a prompt's length")
         return states
 

@@ -34,7 +34,7 @@ def test_a_token_takes_what_its_latent_takes() -> None:
     info = runner_of(exactness.make_engine("deepseek-v3", attention_backend="sdpa")).info
     per_token = info.kv_cache_bytes // info.kv_cache_tokens
     assert per_token == NUM_LAYERS * (2 * LATENT_SIZE + ROTARY_SIZE) * 4
-    shapes, _ = _what_is_kept(build_tiny("deepseek-v3"), keeps_latents=True)
+    shapes, _ = _what_is_kept(build_tiny("deepseek-v3"), torch.float32, keeps_latents=True)
     assert sum(shape.elements for shape in shapes.values()) * 4 == per_token
 
 
