@@ -23,9 +23,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Lfm2Config, Pre
 from benchmarks.contenders import positive
 from lmserve import __version__
 from lmserve.config import ModelConfig
-from lmserve.engine.core import EngineCore
+from lmserve.engine.core import EngineCore, limits_of
 from lmserve.engine.messages import AddRequest
-from lmserve.engine.scheduler import SchedulerConfig
 from lmserve.runtime.build import assemble_runner
 from lmserve.sampling_params import SamplingParams
 
@@ -59,13 +58,7 @@ class Contest:
         self._names = count()
         info = self._runner.info
         self.lane = info.lane
-        limits = SchedulerConfig(
-            max_num_seqs=info.max_num_seqs,
-            max_num_batched_tokens=info.max_num_batched_tokens,
-            max_model_len=info.max_model_len,
-            whole_prompts=info.whole_prompts,
-            prefix_caching=False,  # each round computes its prompts
-        )
+        limits = limits_of(info, prefix_caching=False)  # each round computes its prompts
         self._engine = EngineCore(self._runner, limits)
 
     def tokens_per_second(self, contender: str) -> float:

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from lmserve.config import ModelConfig
 from lmserve.engine.connection import ConnectionClosed, WorkerConnection
-from lmserve.engine.core import EngineCore
+from lmserve.engine.core import EngineCore, limits_of
 from lmserve.engine.encoder_core import EncoderCore
 from lmserve.engine.loop import run_engine
 from lmserve.engine.messages import (
@@ -38,7 +38,7 @@ from lmserve.runtime.build import build_runner
 from lmserve.runtime.encoder.build import build_encoder
 from lmserve.runtime.encoder.plan import plan_encoder
 from lmserve.runtime.encoder.recipe import choose_task
-from lmserve.runtime.interface import EncoderRunner, FatalRunnerError, MemoryPlan, ModelRunner
+from lmserve.runtime.interface import EncoderRunner, FatalRunnerError, MemoryPlan, ModelRunner, RunnerInfo
 from lmserve.runtime.memory import device_memory
 from lmserve.runtime.memory_plan import plan_memory
 
@@ -63,7 +63,7 @@ def main(fd: int) -> int:
         if isinstance(runner, EncoderRunner):
             run_engine(EncoderCore(runner), connection)
         else:
-            run_engine(EngineCore(runner, _scheduler_config(config, runner)), connection)
+            run_engine(EngineCore(runner, _limits(config, runner.info)), connection)
     except ConnectionClosed:
         return 0
     except FatalRunnerError:
@@ -72,17 +72,8 @@ def main(fd: int) -> int:
     return 0
 
 
-def _scheduler_config(config: ModelConfig, runner: ModelRunner) -> SchedulerConfig:
-    return SchedulerConfig(
-        max_num_seqs=runner.info.max_num_seqs,
-        max_num_batched_tokens=runner.info.max_num_batched_tokens,
-        max_model_len=runner.info.max_model_len,
-        whole_images=runner.info.images == "whole",
-        whole_prompts=runner.info.whole_prompts,
-        prefix_caching=config.prefix_caching,
-        mixed_step_factor=config.mixed_step_factor,
-        context_cost=runner.info.context_cost,
-    )
+def _limits(config: ModelConfig, info: RunnerInfo) -> SchedulerConfig:
+    return limits_of(info, prefix_caching=config.prefix_caching, mixed_step_factor=config.mixed_step_factor)
 
 
 def _prepare(connection: WorkerConnection) -> tuple[ModelConfig, ModelRunner | EncoderRunner] | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from lmserve.config import ModelConfig
-from lmserve.worker import _scheduler_config
-from tests.engine.fake_runner import FakeRunner, make_info
+from lmserve.worker import _limits
+from tests.engine.fake_runner import make_info
 
 
 def test_the_scheduler_gets_what_is_configured_and_what_the_runner_can() -> None:
     config = ModelConfig(mixed_step_factor=2.5, prefix_caching=False)
-    made = _scheduler_config(config, FakeRunner(make_info(max_num_seqs=5, max_num_batched_tokens=48)))
+    made = _limits(config, make_info(max_num_seqs=5, max_num_batched_tokens=48, whole_prompts=True))
     assert (made.mixed_step_factor, made.prefix_caching) == (2.5, False)
     assert (made.max_num_seqs, made.max_num_batched_tokens) == (5, 48)
+    assert (made.whole_prompts, made.whole_images) == (True, False)

@@ -12,8 +12,7 @@ from benchmarks.gpu.roofline import ModelSize
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.shapes import make_model, size_of
 from lmserve.config import ModelConfig
-from lmserve.engine.core import EngineCore
-from lmserve.engine.scheduler import SchedulerConfig
+from lmserve.engine.core import EngineCore, limits_of
 from lmserve.runtime.build import assemble_runner
 from lmserve.runtime.model_runner import PackedModelRunner
 
@@ -36,13 +35,10 @@ class Served:
         config = ModelConfig()
         return EngineCore(
             self.runner,
-            SchedulerConfig(
-                max_num_seqs=info.max_num_seqs,
-                max_num_batched_tokens=info.max_num_batched_tokens,
-                max_model_len=info.max_model_len,
+            limits_of(
+                info,
                 prefix_caching=config.prefix_caching,
                 mixed_step_factor=math.inf if reads_at_once else config.mixed_step_factor,
-                context_cost=info.context_cost,
             ),
         )
 

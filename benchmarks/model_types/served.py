@@ -19,9 +19,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from benchmarks.model_types.baseline import TIE, forward
 from benchmarks.model_types.sizes import SPECIAL_TOKENS, VOCABULARY
 from lmserve.config import ModelConfig
-from lmserve.engine.core import EngineCore
+from lmserve.engine.core import EngineCore, limits_of
 from lmserve.engine.messages import AddRequest, Cancel
-from lmserve.engine.scheduler import SchedulerConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.build import assemble_runner
 from lmserve.runtime.model_runner import PackedModelRunner
@@ -108,15 +107,7 @@ def _generate(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
 
 
 def _run(runner: PackedModelRunner, prompts: Sequence[list[int]]) -> list[list[int]]:
-    info: Any = runner.info
-    limits = SchedulerConfig(
-        max_num_seqs=info.max_num_seqs,
-        max_num_batched_tokens=info.max_num_batched_tokens,
-        max_model_len=info.max_model_len,
-        whole_images=info.images == "whole",
-        whole_prompts=info.whole_prompts,
-    )
-    engine = EngineCore(runner, limits)
+    engine = EngineCore(runner, limits_of(runner.info))
     sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     for i, prompt in enumerate(prompts):
         refused = engine.add_request(AddRequest(str(i), prompt, sampling))

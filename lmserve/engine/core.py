@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from lmserve.engine.request import Request, RequestStatus
 from lmserve.engine.scheduler import Scheduler, SchedulerConfig, max_request_tokens
 from lmserve.engine.step_draft import SchedulerOutput
 from lmserve.outputs import FinishReason, RequestOutput
-from lmserve.runtime.interface import FatalRunnerError, ModelRunner, SequenceFailed, StepOutput
+from lmserve.runtime.interface import FatalRunnerError, ModelRunner, RunnerInfo, SequenceFailed, StepOutput
 
 STEP_FAILED = "The engine step that held this request failed. The request is lost; it can be sent again."
 
@@ -30,6 +31,20 @@ class _Launched:
     """When it was launched."""
     computed: StepOutput | None = None
     """None: it is not collected, or has failed."""
+
+
+def limits_of(info: RunnerInfo, *, prefix_caching: bool = True, mixed_step_factor: float = math.inf) -> SchedulerConfig:
+    """What the runner can do, as limits of its scheduler."""
+    return SchedulerConfig(
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        whole_images=info.images == "whole",
+        whole_prompts=info.whole_prompts,
+        prefix_caching=prefix_caching,
+        mixed_step_factor=mixed_step_factor,
+        context_cost=info.context_cost,
+    )
 
 
 class EngineCore:

@@ -6,7 +6,7 @@ from torch import nn
 
 from lmserve.runtime.attention import backend_class
 from lmserve.runtime.attention.base import AttentionBackend, CacheLayout
-from lmserve.runtime.build_packed import context_cost, look_at_pictures
+from lmserve.runtime.build_packed import context_cost, look_at_pictures, pack_weights
 from lmserve.runtime.gpu import check_cache_format, rework
 from lmserve.runtime.kv_cache import KVCache, block_bytes
 from lmserve.runtime.latent import wants_latents
@@ -14,8 +14,8 @@ from lmserve.runtime.load_job import Fitted, LoadJob, NotExact, off_by, trying
 from lmserve.runtime.loader import reads_images
 from lmserve.runtime.memory import num_states
 from lmserve.runtime.memory_plan import activation_bytes
-from lmserve.runtime.prepack import leave_the_files, prepack, tensors_of
-from lmserve.runtime.quantization import quantize, quantize_by_torchao
+from lmserve.runtime.prepack import leave_the_files, tensors_but
+from lmserve.runtime.quantization import quantize_by_torchao
 from lmserve.runtime.rope import pin_rope
 from lmserve.runtime.self_check import CHUNKED, WHOLE, tokens_to_check
 from lmserve.runtime.serial_lane import SerialLane
@@ -44,6 +44,7 @@ def _build_state(job: LoadJob, lane: StateLane) -> Fitted:
     whole = _needs_whole_prompts(job, _in_a_small_cache(job, lane, backend_type))
     free = job.free_bytes - activation_bytes(job.model, config, device, dtype)
     max_num_seqs, num_saved = num_states(config.max_num_seqs, lane.state_bytes, free)
+    num_saved = 0 if whole or not config.prefix_caching else num_saved
     if max_num_seqs < config.max_num_seqs:
         job.tell(f"max_num_seqs is {max_num_seqs}: a sequence's recurrent state takes {lane.state_bytes:,} bytes")
     bytes_of_states = (max_num_seqs + num_saved) * lane.state_bytes
@@ -66,7 +67,7 @@ def _build_state(job: LoadJob, lane: StateLane) -> Fitted:
         backend=backend,
         context_cost=context_cost(lane),
         images=images,
-        num_saved_states=0 if whole or not config.prefix_caching else num_saved,
+        num_saved_states=num_saved,
         whole_prompts=whole,
     )
 
@@ -132,10 +133,8 @@ def _get_weights_ready(job: LoadJob, lane: StateLane | None) -> None:
     job.are_weights_ready = True
     if job.on_cpu:
         job.progress("packing the weights", 0.85)
-        if kind is not None:
-            quantize(model, kind)
-        prepack(model, model.device, job.dtype)
-        leave_the_files(tensors_of(model, nn.Linear))
+        leave_the_files(tensors_but(model, nn.Linear))
+        pack_weights(model, job.dtype, kind)
     elif lane is not None:
         rework(lane, kind)
     elif kind is not None:

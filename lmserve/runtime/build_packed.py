@@ -6,6 +6,7 @@ from threading import Thread
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lmserve.config import ModelConfig
 from lmserve.images.job import ProcessorError
@@ -180,8 +181,13 @@ def _bring_to_the_processor(
             lane.program = build_program(lane, cache, layout, limits, kind)
         except (NotTraceable, NativeUnavailable) as error:
             reason = f"torch runs each operation of a step: {error}"
+    pack_weights(model, dtype, kind)
+    return reason
+
+
+def pack_weights(model: PreTrainedModel, dtype: torch.dtype, kind: Quantization | None) -> None:
+    """In few bits, if wanted so, and in the layout of the processor's products."""
     if kind is not None:
         quantize(model, kind)
     prepack(model, model.device, dtype)
     leave_the_files(tensors_of(model, nn.Linear))
-    return reason

@@ -27,6 +27,7 @@ from lmserve.runtime.attention_op import attending, give_handle, paged_attention
 from lmserve.runtime.interface import NewSequence, StateSave
 from lmserve.runtime.kv_cache import KVCache, LayerShape
 from lmserve.runtime.latent import absorb, expand_again, find_latents, hand_through, hands_through, release
+from lmserve.runtime.transfer import send_list
 from lmserve.runtime.vision.layout import ImageRows
 
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "sparse", "dense", "mlp"})
@@ -358,6 +359,13 @@ class PackedLane:
             return
         (key,) = (k for k in config.sub_configs if getattr(config, k, None) is text_config)
         self.model.set_attn_implementation({key: name})
+
+
+def in_order(parts: list[Tensor], places: list[int]) -> Tensor:
+    """Rows that were computed piece by piece, row ``i`` of them all at ``places[i]``."""
+    back = sorted(range(len(places)), key=places.__getitem__)
+    rows = torch.cat(parts)
+    return rows.index_select(0, send_list(back, torch.int64, rows.device))
 
 
 def _as_called(rows: Tensor, is_batch: bool) -> Tensor:

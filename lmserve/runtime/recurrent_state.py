@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from lmserve.runtime.transfer import send_list
+
 KINDS = ("conv_states", "recurrent_states")
 
 
@@ -112,12 +114,12 @@ class StateRows:
 
     def gather(self, rows: Sequence[int]) -> States:
         """Copies of the rows."""
-        index = torch.tensor(rows, device=self._device)
+        index = send_list(rows, torch.int64, self._device)
         return {key: tensor.index_select(0, index) for key, tensor in self._rows.items()}
 
     def write(self, rows: Sequence[int], states: States, which: Sequence[int]) -> None:
         """Writes ``states[...][which[i]]`` to ``rows[i]``."""
-        into, out_of = torch.tensor(rows, device=self._device), torch.tensor(which, device=self._device)
+        into, out_of = (send_list(index, torch.int64, self._device) for index in (rows, which))
         for key, tensor in self._rows.items():
             tensor.index_copy_(0, into, states[key].index_select(0, out_of))
 

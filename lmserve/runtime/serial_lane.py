@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lmserve.runtime.interface import KEPT_STATE, NewSequence
-from lmserve.runtime.packed_lane import PackedBatch, StepProgram, UnsupportedModel
+from lmserve.runtime.packed_lane import PackedBatch, StepProgram, UnsupportedModel, in_order
+from lmserve.runtime.transfer import send_list
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """Under which forwards take and return what they keep."""
@@ -48,7 +49,7 @@ class SerialLane:
         """Raises UnsupportedModel."""
         self.model: Any = model
         self.num_slots = 0
-        """Tokens that all sequences may have together; for the engine's books alone."""
+        """Tokens that a comparison with the stock forward may have; caches grow as they have to."""
         parameters = inspect.signature(self.model.forward).parameters
         names = [name for name in CACHE_NAMES if name in parameters]
         if not names or "input_ids" not in parameters:
@@ -107,13 +108,12 @@ class SerialLane:
             if places:
                 parts.append(logits)
                 order += places
-        back = torch.empty(len(order), dtype=torch.int64).index_copy_(0, torch.tensor(order), torch.arange(len(order)))
-        return torch.cat(parts).index_select(0, back.to(batch.input_ids.device))
+        return in_order(parts, order)
 
     def _run(self, sequence: _Sequence, ids: Tensor, rows: list[int]) -> Tensor:
         cache, start = sequence.cache, sequence.num_tokens
         sequence.cache, sequence.num_tokens = None, -1
-        kept = torch.tensor(rows, device=ids.device)
+        kept = send_list(rows, torch.int64, ids.device)
         keep = {"logits_to_keep": kept} if self._keeps_logits else {}
         output = self.model(input_ids=ids[None], use_cache=True, **keep, **{self._cache_name: cache})
         sequence.cache, sequence.num_tokens = getattr(output, self._cache_name), start + len(ids)

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from lmserve.runtime.attention.base import Span
 from lmserve.runtime.interface import FRESH_STATE, KEPT_STATE, NewSequence, StateSave
 from lmserve.runtime.kv_cache import LayerShape
-from lmserve.runtime.packed_lane import KNOWN_LAYERS, MIN_ROWS, PackedBatch, PackedLane, UnsupportedModel
+from lmserve.runtime.packed_lane import KNOWN_LAYERS, MIN_ROWS, PackedBatch, PackedLane, UnsupportedModel, in_order
 from lmserve.runtime.recurrent_state import (
     StateKey,
     StateRows,
@@ -35,6 +35,7 @@ from lmserve.runtime.recurrent_state import (
     read_states,
     row_bytes,
 )
+from lmserve.runtime.transfer import send_list
 
 PROBE_TOKENS = 8
 
@@ -155,11 +156,11 @@ class StateLane(PackedLane):
                 parts.append(part)
                 order += places
             outcome.coming[tuple(piece.slots)] = states
-            kept = states if piece.is_batch else {key: tensor.clone() for key, tensor in states.items()}
-            outcome.to_save += [(row, kept, i) for row, i in piece.save_to]
+            if piece.save_to:  # the next piece writes over what it goes on from
+                kept = states if piece.is_batch else {key: tensor.clone() for key, tensor in states.items()}
+                outcome.to_save += [(row, kept, i) for row, i in piece.save_to]
         self._outcome = outcome
-        back = torch.empty(len(order), dtype=torch.int64).index_copy_(0, torch.tensor(order), torch.arange(len(order)))
-        return torch.cat(parts).index_select(0, back.to(batch.input_ids.device))
+        return in_order(parts, order)
 
     def _gather(self, piece: _Piece) -> States:
         assert self._rows is not None, "make_rows comes first"
@@ -174,7 +175,7 @@ class StateLane(PackedLane):
         device = batch.input_ids.device
         # Rows of padding repeat the first one, and write to scratch.
         num_padded = max(0, MIN_ROWS - len(piece.rows)) if piece.is_batch else 0
-        rows = torch.tensor([*piece.rows, *[piece.rows[0]] * num_padded], device=device)
+        rows = send_list([*piece.rows, *piece.rows[:1] * num_padded], torch.int64, device)
         slots = batch.slot_mapping.index_select(0, rows)
         slots[len(piece.rows) :] = self.num_slots
         positions = batch.positions.index_select(-1, rows)
@@ -184,7 +185,7 @@ class StateLane(PackedLane):
         cache = new_cache(self._text_config)
         fill_cache(cache, states, self.state_shapes)
         with self._planned(self._backend.plan(piece.spans), slots):
-            logits = self._call(inputs, positions, torch.tensor(kept or [0], device=device), cache)
+            logits = self._call(inputs, positions, send_list(kept or [0], torch.int64, device), cache)
         return logits, self._checked(read_states(cache))
 
     def _call(self, inputs: dict[str, Tensor], positions: Tensor, kept: Tensor, cache: DynamicCache) -> Tensor:
