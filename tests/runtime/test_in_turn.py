@@ -18,6 +18,7 @@ from lmserve.runtime.kv_cache import block_bytes
 from lmserve.runtime.serial_lane import SerialLane
 from lmserve.runtime.state_lane import StateLane
 from tests.runtime.test_exactness import BLOCK_SIZE, MAX_LEN, NUM_NEW, greedy, mixed_sampling, prompts, run
+from tests.runtime.test_prompt_logprobs import ROUNDING, asking, score
 from tests.runtime.tiny_in_turn import ALL, SERIAL, STATE, WHOLE, WRONG, build_in_turn
 
 MAX_SEQS = 12
@@ -93,6 +94,20 @@ def test_among_others_whole_and_chunked(family: str) -> None:
     for max_batched_tokens in (512, 11):
         engine = make_engine(family, max_batched_tokens=max_batched_tokens)
         assert run(engine, [(prompt, greedy()) for prompt in prompts()]) == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3.5", "mamba", "bloom"])
+@pytest.mark.parametrize("max_batched_tokens", [512, 11])
+def test_prompts_are_scored_by_their_own_rows(family: str, max_batched_tokens: int) -> None:
+    """These rows follow those that are sampled, of all sequences: in another order than they are computed in."""
+    engine = make_engine(family, max_batched_tokens=max_batched_tokens)
+    scored = score(engine, [(prompt, asking(max_tokens=i % 3)) for i, prompt in enumerate(prompts())])
+    model: Any = build_in_turn(family)
+    for prompt, entries in zip(prompts(), scored, strict=True):
+        with torch.inference_mode():
+            rows = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0].log_softmax(-1)
+        expected = [float(row[token]) for row, token in zip(rows[:-1], prompt[1:], strict=True)]
+        assert [entry.logprob for entry in entries] == pytest.approx(expected, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("family", STATE)
