@@ -14,7 +14,7 @@ from typing import Any, Literal
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from lmserve.errors import LMServeError
-from lmserve.models.gguf_header import GGUFError, GGUFHeader, TensorInfo, read_gguf_header
+from lmserve.gguf_header import GGUFError, GGUFHeader, TensorInfo, read_gguf_header
 from lmserve.models.weight_files import (
     BadWeights,
     count_parameters,

@@ -144,7 +144,7 @@ def _convert(source: Path, target: Path, lock: TextIO) -> None:
 
     That process holds the lock too: if only this one is killed, the next start waits until nobody writes any more.
     """
-    command = [sys.executable, "-m", "lmserve.runtime.gguf_folder", str(source), str(target)]
+    command = [sys.executable, "-m", "lmserve.runtime.gguf.folder", str(source), str(target)]
     code = subprocess.run(command, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()], check=False).returncode
     if code != 0:
         raise ModelLoadFailed(f"{source.name} cannot be converted (exit code {code}; the reason is above)")

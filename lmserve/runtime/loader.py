@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +28,12 @@ from transformers.utils.logging import EmptyTqdm
 from lmserve import __version__
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
+from lmserve.runtime.checkpoint_formats import check_parts, checkpoint_quantization
+from lmserve.runtime.gguf.config import check_all_read, gguf_config
+from lmserve.runtime.gguf.model import load_gguf
 from lmserve.runtime.quantization import check_quantization
+
+OF_ONE_DTYPE = ("torchao", "bitsandbytes")
 
 
 def choose_device(name: str) -> torch.device:
@@ -63,6 +68,15 @@ def choose_dtype(name: str, checkpoint: torch.dtype | None, device: torch.device
     return checkpoint if checkpoint in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
+def dtype_of(config: ModelConfig, source: ModelSource) -> torch.dtype:
+    """As ``choose_dtype``. Weights that stay quantized as torchao and bitsandbytes have made them know no other format
+    than the checkpoint's own."""
+    method = "" if source.is_gguf else checkpoint_quantization(source.config)
+    if config.dtype == "auto" and method in OF_ONE_DTYPE and source.checkpoint_dtype is not None:
+        return source.checkpoint_dtype
+    return choose_dtype(config.dtype, source.checkpoint_dtype, source.device)
+
+
 def _has_bf16_instructions() -> bool:
     capabilities = torch.backends.cpu.get_cpu_capability()
     return capabilities.startswith("AVX512") and bool(torch.cpu._is_avx512_bf16_supported())
@@ -84,8 +98,10 @@ def read_model_config(config: ModelConfig, subfolder: str = "") -> ModelSource:
     device = choose_device(config.device)
     source, arguments = _source(config, subfolder)
     with _explained(config):
-        model_config = AutoConfig.from_pretrained(source, **_config_arguments(arguments))
-    return ModelSource(model_config, device, getattr(model_config, "dtype", None), "gguf_file" in arguments)
+        read = partial(AutoConfig.from_pretrained, source, **_config_arguments(arguments))
+        is_gguf = "gguf_file" in arguments
+        model_config = gguf_config(Path(config.model), read) if is_gguf else read()
+    return ModelSource(model_config, device, getattr(model_config, "dtype", None), is_gguf)
 
 
 def reads_images(model_config: Any) -> bool:
@@ -105,7 +121,7 @@ def load_model(
     *,
     auto_class: Any = None,
     subfolder: str = "",
-    may_lack: Callable[[str], bool] = lambda name: True,
+    may_lack: Callable[[str], bool] = lambda name: False,
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """The model on its device, in evaluation mode. ``progress`` hears the share of the weights that has been read.
 
@@ -118,32 +134,40 @@ def load_model(
     """
     source, arguments = _source(config, subfolder)
     known = read_model_config(config, subfolder)
-    dtype = choose_dtype(config.dtype, known.checkpoint_dtype, known.device)
+    dtype = dtype_of(config, known)
     check_quantization(config.quantization, known.device, None if known.is_gguf else known.config)
+    options = {
+        "dtype": dtype,
+        "device_map": {"": known.device},
+        "attn_implementation": _stock_attention(known.config),
+        "output_loading_info": True,
+    }
+    auto_class = auto_class or generating_class(known.config)
     with _explained(config), _watched(progress):
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = (auto_class or generating_class(known.config)).from_pretrained(
-            source,
-            dtype=dtype,
-            device_map={"": known.device},
-            attn_implementation=_stock_attention(known.config),
-            output_loading_info=True,
-            **arguments,
-        )
-    model, report = loaded
+        if known.is_gguf:
+            model, report = load_gguf(Path(config.model), known.config, auto_class, {**arguments, **options})
+        else:
+            model, report = auto_class.from_pretrained(source, **arguments, **options)
     lacking = sorted(name for name in report["missing_keys"] if not may_lack(name))
     if lacking:
         kind = type(model).__name__
         raise ModelLoadFailed(f"{config.model}: as a {kind} it needs weights that its files lack: {lacking[0]}")
+    if known.is_gguf:
+        check_all_read(model, Path(config.model))
+    elif checkpoint_quantization(known.config):
+        check_parts(model, report["unexpected_keys"])
     model.train(False).requires_grad_(False)
     return model, dtype
 
 
 @contextmanager
 def _explained(config: ModelConfig) -> Iterator[None]:
-    """transformers' exceptions as one of ours."""
+    """transformers' exceptions as one of ours: strangers' files fail there in every way there is."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except ModelLoadFailed:
+        raise
+    except Exception as error:
         raise ModelLoadFailed(f"{config.model}: {_first_line(error)}") from error
 
 
@@ -267,4 +291,6 @@ def _weights_identity(model: str) -> list[tuple[str, int, int]]:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
+    if "ignore_mismatched_sizes" in text:
+        return "weights in its files have other sizes than its configuration says"
     return text.splitlines()[0] if text else type(error).__name__

@@ -7,6 +7,7 @@ will run, not guessed from names in the configuration. What no count tells was m
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from transformers import PreTrainedModel
 
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
+from lmserve.runtime.checkpoint_formats import checkpoint_quantization, is_widened
 from lmserve.runtime.interface import MemoryPlan
 from lmserve.runtime.kv_cache import LayerShape, block_bytes
 from lmserve.runtime.latent import wants_latents
 from lmserve.runtime.loader import (
     ModelSource,
-    choose_dtype,
+    dtype_of,
     generating_class,
     native_context_length,
     read_model_config,
@@ -66,7 +68,7 @@ def plan_memory(config: ModelConfig, reserved_bytes: int = 0) -> MemoryPlan:
         ModelLoadFailed: there is no such model, or it cannot be served.
     """
     source = read_model_config(config)
-    device, dtype = source.device, choose_dtype(config.dtype, source.checkpoint_dtype, source.device)
+    device, dtype = source.device, dtype_of(config, source)
     check_quantization(config.quantization, device, None if source.is_gguf else source.config)
     model = hollow_model(source.config, generating_class(source.config), config.trust_remote_code)
     weights = loaded_weight_bytes(config, source, model, dtype)
@@ -104,13 +106,19 @@ def loading_bytes(model: nn.Module, config: ModelConfig, device: torch.device, d
 
 def loaded_weight_bytes(config: ModelConfig, source: ModelSource, model: nn.Module, dtype: torch.dtype) -> int:
     """As ``weight_bytes``, of a quantized checkpoint too."""
-    quantized = getattr(source.config, "quantization_config", None) is not None and not source.is_gguf
-    in_files = _file_bytes(Path(config.model)) if quantized else 0
+    quantized = checkpoint_quantization(source.config) != "" and not source.is_gguf
+    stays_so = quantized and not is_widened(source.config, source.device)
+    in_files = _file_bytes(Path(config.model)) if stays_so else 0
     return in_files or weight_bytes(model, source.device, dtype, config.quantization)
 
 
 def weight_bytes(model: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str = "none") -> int:
     """Of the weights as they will stand in memory: a packed one whose tensor others use too is there twice."""
+    if getattr(model, "is_quantized", False):  # loaded, and in the files' format still
+        if not is_widened(model.config, device):
+            return sum(map(_bytes_of, (*model.parameters(), *model.buffers())))
+        with torch.device("meta"):
+            model = type(model)(copy.deepcopy(model.config))
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     kind: Quantization | None = None if quantization == "none" else quantization  # type: ignore[assignment]
     packed: dict[int, nn.Linear] = {}
@@ -171,6 +179,11 @@ def layer_row_bytes(text_config: Any, dtype: torch.dtype) -> int:
 def num_batched_tokens(config: ModelConfig, device: torch.device, on_cpu: int = CPU_BATCHED_TOKENS) -> int:
     """Tokens that one step computes at most. ``on_cpu``: where the configuration leaves it to the device."""
     return config.max_num_batched_tokens or (on_cpu if device.type == "cpu" else GPU_BATCHED_TOKENS)
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    parts = getattr(tensor, "__tensor_flatten__", None)  # of those whose numbers are in others (torchao)
+    return tensor.nbytes if parts is None else sum(_bytes_of(getattr(tensor, name)) for name in parts()[0])
 
 
 def hollow_model(model_config: Any, auto_class: Any, trust_remote_code: bool) -> PreTrainedModel:

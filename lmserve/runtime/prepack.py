@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, nn
 
+from lmserve.runtime.checkpoint_formats import is_plain
+
 
 class PrepackedLinear(nn.Module):
     """A linear layer whose weight is kept in oneDNN's blocked layout. For inference only."""
@@ -46,7 +48,7 @@ SAME_BITS = frozenset((torch.bfloat16,))
 def linears_to_prepack(
     model: nn.Module, device: torch.device, dtype: torch.dtype, dtypes: Collection[torch.dtype] = SAME_BITS
 ) -> list[Place]:
-    """The layers that ``prepack`` replaces: only plain ``nn.Linear``, for a subclass may mean something else."""
+    """The layers that ``prepack`` replaces: plain ones only."""
     if device.type != "cpu" or dtype not in dtypes or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return []
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -55,7 +57,7 @@ def linears_to_prepack(
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear
+        if is_plain(child)
     ]
 
 
@@ -79,7 +81,11 @@ def leave_the_files(tensors: Iterable[Tensor]) -> None:
     time cannot be counted on, neither by the model nor by whoever asks how much is free.
     """
     for tensor in tensors:
-        tensor.data = tensor.data.clone()
+        parts = getattr(tensor, "__tensor_flatten__", None)
+        if parts is None:
+            tensor.data = tensor.data.clone()
+        else:  # its numbers are in others (torchao), and its own data cannot be replaced
+            leave_the_files(getattr(tensor, name) for name in parts()[0])
 
 
 def tensors_of(model: nn.Module, kind: type[nn.Module]) -> list[Tensor]:

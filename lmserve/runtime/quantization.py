@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lmserve.errors import ModelLoadFailed
+from lmserve.runtime.checkpoint_formats import MULTIPLIES_FP8, check_format, checkpoint_quantization
 
 Quantization = Literal["int8", "int4", "fp8"]
 
@@ -25,8 +26,6 @@ LARGEST = 127
 GROUP = 32
 STEPS = 15
 """Between the smallest and the largest number of a group, with 4 bits."""
-MULTIPLIES_FP8 = (8, 9)
-"""From this capability on, a GPU does."""
 OUTPUTS = 16
 """torch's 4-bit products want the outputs in multiples of it."""
 
@@ -164,19 +163,14 @@ def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def check_quantization(kind: str, device: torch.device, model_config: Any) -> None:
-    """Raises ModelLoadFailed for a kind of quantization that the device or the checkpoint does not allow."""
+    """Raises ModelLoadFailed for a kind of quantization that the device or the checkpoint does not allow, and for a
+    checkpoint whose own kind cannot be loaded on the device. None for a configuration: of a GGUF file."""
     if kind == "fp8" and device.type != "cuda":
         raise ModelLoadFailed(f"quantization fp8 is for NVIDIA GPUs; on {device.type} there are int8 and int4")
     method = checkpoint_quantization(model_config)
     if kind != "none" and method:
         raise ModelLoadFailed(f"quantization {kind}: the checkpoint is quantized already ({method}); leave it at none")
-
-
-def checkpoint_quantization(model_config: Any) -> str:
-    """How the weights in the files are quantized, by the name that transformers has for it; empty: they are not."""
-    found = getattr(model_config, "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return str(getattr(method, "value", method) or "")
+    check_format(model_config, device)
 
 
 def quantized_bytes(linear: nn.Linear, kind: Quantization, dtype: torch.dtype) -> int:

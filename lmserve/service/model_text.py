@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmserve.errors import InvalidRequest
+from lmserve.gguf_tokenizer import load_gguf_tokenizer
 from lmserve.grammar.tokenizer_text import TokenizerText, looks_like_control
 from lmserve.sampling_params import SamplingParams
 from lmserve.service.detokenizer import ByteDetokenizer, IncrementalDetokenizer, PrefixDetokenizer
@@ -94,14 +95,18 @@ class ModelText:
         """Read the tokenizer of a model and its ``generation_config.json``.
 
         ``path``: a local folder, a GGUF file or a hub name. Takes seconds: transformers' tokenizers import torch.
+
+        Raises:
+            ModelLoadFailed: a GGUF file has texts cut in a way that is not known.
+            Exception: transformers' own, for files that it cannot read.
         """
         from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds, and only the serving process needs it)
 
         location = Path(path)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
         if location.is_file():
-            tokenizer = AutoTokenizer.from_pretrained(str(location.parent), gguf_file=location.name, **options)
-            return cls(tokenizer)
+            tokenizer, ends, generation = load_gguf_tokenizer(location)
+            return cls(tokenizer, eos_token_ids=ends, defaults=sampling_defaults(generation))
         generation = _read_json(path, "generation_config.json", options["revision"])
         model = _read_json(path, "config.json", options["revision"])
         eos = _as_list(generation.get("eos_token_id", model.get("eos_token_id")))

@@ -47,10 +47,10 @@ def test_a_grammar_asks_for_a_control_token_by_its_id() -> None:
     control_ids = model.control_ids
     begin = control_ids["<|im_start|>"]
     assert "<|im_end|>" in control_ids
-    reasoning = ReasoningFirst("<|im_start|>", "<|endoftext|>", "possible")
+    reasoning = ReasoningFirst("<|im_start|>", "<file_sep>", "possible")
     grammar = grammar_text(Structure([RegexBody("[ab]{3}")], reasoning), control_ids)
     matcher = LLMatcher(tokenizer, grammar, log_level=0)
-    thoughts = [begin, *model.encode_tokens("Whatever 1 < 2"), control_ids["<|endoftext|>"]]
+    thoughts = [begin, *model.encode_tokens("Whatever 1 < 2"), control_ids["<file_sep>"]]
     token_ids = [*thoughts, *model.encode_tokens("aba")]
     assert matcher.validate_tokens(token_ids) == len(token_ids)
     assert matcher.validate_tokens(model.encode_tokens("aba")) == len(model.encode_tokens("aba")), "or at once"

@@ -52,7 +52,7 @@ def test_the_chat_model_is_an_ordinary_model_folder(chat_folder: Path) -> None:
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "bfloat16"
     assert config["max_position_embeddings"] == 8192
-    assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, [0, 2])
     assert (chat_folder / "model.safetensors").stat().st_mode & 0o044 == 0o044
 
 
@@ -65,6 +65,8 @@ def test_its_tokenizer_is_right(chat_folder: Path) -> None:
     token_ids = tokenizer.encode(text)
     assert tokenizer.decode(token_ids) == text
     assert [tokenizer.decode([i]) for i in token_ids[2:7]] == list("12345")  # SmolLM splits numbers into digits
+    between = tokenizer.tokenize("one:\n\n1. two")  # and takes no digit into what stands before it
+    assert between == ["one", ":", "\u010a\u010a", "1", ".", "\u0120two"]
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n")
     assert tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n") == [1, 4093, 198, 26843, 2, 198]

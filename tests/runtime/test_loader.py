@@ -1,13 +1,23 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
-from lmserve.runtime.loader import choose_device, choose_dtype, fingerprint, load_model, native_context_length
+from lmserve.runtime.loader import (
+    choose_device,
+    choose_dtype,
+    dtype_of,
+    fingerprint,
+    load_model,
+    native_context_length,
+    read_model_config,
+)
 from tests.runtime.tiny_models import build_tiny, in_dtype
 
 CPU = torch.device("cpu")
@@ -78,3 +88,29 @@ def test_fingerprint_follows_what_decides_the_logits(folder: Path) -> None:
     assert first != fingerprint(config(folder), model, dtype, "reference")
     (folder / "model.safetensors").write_bytes(b"other weights")
     assert first != fingerprint(config(folder), model, dtype, "cpu")
+
+
+def test_weights_that_stay_quantized_keep_their_own_format(folder: Path) -> None:
+    source = read_model_config(config(folder))
+    assert source.checkpoint_dtype == torch.bfloat16
+    assert dtype_of(config(folder), source) == choose_dtype("auto", torch.bfloat16, CPU)
+    for method, expected in (("torchao", torch.bfloat16), ("fp8", choose_dtype("auto", torch.bfloat16, CPU))):
+        source.config.quantization_config = {"quant_method": method}
+        assert dtype_of(config(folder), source) == expected
+        assert dtype_of(config(folder, dtype="float32"), source) == torch.float32
+
+
+def test_weights_of_other_sizes_are_refused(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**content, "intermediate_size": 100}))
+    with pytest.raises(ModelLoadFailed, match="other sizes than its configuration says"):
+        load_model(config(folder))
+
+
+def test_a_weight_that_no_file_has_is_a_refusal(folder: Path) -> None:
+    """transformers would make it by chance, with a warning."""
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadFailed, match=r"lack: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(config(folder))

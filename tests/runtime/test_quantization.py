@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -249,33 +248,6 @@ def test_activations_are_in_8_bit_floats_where_a_gpu_multiplies_them(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert multiplies_fp8(torch.device("cuda", 0), dtype) == does
     assert not multiplies_fp8(torch.device("cpu"), dtype)
-
-
-MISSING: dict[str, tuple[dict[str, Any], str]] = {
-    "gptq": ({"bits": 4, "group_size": 32}, "optimum"),
-    "awq": ({"bits": 4, "group_size": 32}, "gptqmodel"),
-    "bitsandbytes": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes"),
-    "compressed-tensors": ({"format": "float-quantized", "config_groups": {}}, "compressed-tensors"),
-    "torchao": ({"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}, "torchao"),
-}
-"""What a checkpoint says of its weights, by the method's name in transformers, and the package that it asks for."""
-
-
-@pytest.mark.parametrize("method", MISSING)
-def test_a_quantized_checkpoint_says_which_package_it_needs(tmp_path: Path, method: str) -> None:
-    said, package = MISSING[method]
-    if importlib.util.find_spec(package.replace("-", "_")) is not None:
-        pytest.skip(f"{package} is installed")
-    folder = write_tiny_folder(tmp_path / "tiny")
-    file = folder / "config.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    content["quantization_config"] = {"quant_method": method, **said}
-    file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ModelLoadFailed) as refused:
-        build_runner(ModelConfig(model=str(folder), device="cpu"))
-    words = str(refused.value)
-    assert package in words
-    assert "\n" not in words
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8"])

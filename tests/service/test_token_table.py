@@ -57,6 +57,6 @@ def test_smollm2() -> None:
     assert text.table.concatenates
     assert not text.table.drops_first_space
     assert len(text.table.pieces) == 49152
-    assert text.table.piece(text.eos_token_ids[0]) == b"<|im_end|>"
+    assert text.table.piece(text.eos_token_ids[-1]) == b"<|im_end|>"
     sample = "Na\u00efve caf\u00e9 \U0001f9d1\u200d\U0001f680 \u4f60\u597d\n\tend"
     assert b"".join(map(text.table.piece, text.encode(sample))).decode() == sample

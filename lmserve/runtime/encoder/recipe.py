@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
+from lmserve.gguf_header import GGUFError, read_gguf_header
 from lmserve.runtime.interface import Task
 from lmserve.runtime.loader import read_json
 
@@ -138,12 +139,12 @@ def _plain(config: ModelConfig) -> tuple[Pooling, bool]:
 
 
 def _gguf_pooling(file: Path) -> str:
-    from gguf import GGUFReader  # noqa: PLC0415  (slow, and rarely needed)
-
-    reader = GGUFReader(file)
-    family = reader.get_field("general.architecture")
-    field = None if family is None else reader.get_field(f"{family.contents()}.pooling_type")
-    mode = GGUF_POOLING.get(int(field.contents())) if field is not None else "mean"
+    try:
+        metadata = read_gguf_header(file).metadata
+    except (GGUFError, OSError) as error:
+        raise ModelLoadFailed(f"{file.name}: {error}") from error
+    said = metadata.get(f"{metadata.get('general.architecture')}.pooling_type")
+    mode = "mean" if said is None else GGUF_POOLING.get(int(said))
     if mode is None:
         raise ModelLoadFailed(f"{file.name}: it pools its tokens in a way that is not served")
     return mode

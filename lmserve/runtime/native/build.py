@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lmserve.runtime.attention.base import CacheLayout
+from lmserve.runtime.checkpoint_formats import checkpoint_quantization, is_plain
 from lmserve.runtime.kv_cache import KVCache
 from lmserve.runtime.native.compiler import check_available
 from lmserve.runtime.native.graph import Graph
@@ -34,6 +35,9 @@ def build_program(
     model = lane.model
     if model.dtype not in FORMATS:
         raise NotTraceable(f"its number format is {model.dtype}".replace("torch.", ""))
+    if method := checkpoint_quantization(model.config):
+        # A trace would take apart what is packed, and keep it so: as large as if it had not been quantized.
+        raise NotTraceable(f"its weights stay quantized as its files have them ({method})")
     order = {layer: index for index, layer in enumerate(cache.layers)}
     with lane.watched(lambda *args, **kwargs: _watch(order, *args, **kwargs)):
         graph = trace(model, 4 if hasattr(model.base_model, "get_rope_index") else 1)
@@ -91,6 +95,6 @@ def _linears_by_weight(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent.named_children():
-            if type(child) is nn.Linear:
+            if is_plain(child):
                 found.setdefault(child.weight.data_ptr(), []).append((parent, name))
     return found

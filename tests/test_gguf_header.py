@@ -11,8 +11,8 @@ import gguf
 import numpy as np
 import pytest
 
-from lmserve.models import gguf_header
-from lmserve.models.gguf_header import GGUFError, GGUFHeader, read_gguf_header
+from lmserve import gguf_header
+from lmserve.gguf_header import GGUFError, GGUFHeader, read_gguf_header
 from tests.models.model_files import package_file
 
 MAGIC = b"GGUF"
@@ -40,6 +40,8 @@ def write_file(path: Path) -> Path:
     writer.add_bool("no", False)
     writer.add_string("text", "naïve 東京")
     writer.add_array("numbers", list(range(1000)))
+    writer.add_array("fractions", [0.25, -1.5])
+    writer.add_array("long", list(range(gguf_header.MAX_ARRAY + 1)))
     writer.add_array("truths", [True, False, True])
     writer.add_token_list([f"token {i}" for i in range(50)])
     writer.add_string("after the arrays", "found")
@@ -60,6 +62,12 @@ def assert_read_alike(path: Path) -> None:
     fields = {name: field for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
     arrays = {name: len(field.data) for name, field in fields.items() if field.types[0] == gguf.GGUFValueType.ARRAY}
     assert ours.array_lengths == arrays
+    numbers = {
+        name: tuple(fields[name].contents())
+        for name, length in arrays.items()
+        if length <= gguf_header.MAX_ARRAY and fields[name].types[1] != gguf.GGUFValueType.STRING
+    }
+    assert ours.arrays == numbers
     assert ours.metadata == {name: field.contents() for name, field in fields.items() if name not in arrays}
     assert [
         (t.name, list(t.shape), t.ggml_type, t.num_elements, ours.data_offset + t.offset) for t in ours.tensors
@@ -83,6 +91,7 @@ def test_every_kind_of_value_is_read_as_the_gguf_package_reads_it(tmp_path: Path
     assert metadata["text"] == "naïve 東京"
     assert metadata["after the arrays"] == "found"
     assert metadata["yes"] is True
+    assert sorted(read_gguf_header(path).arrays) == ["fractions", "numbers", "truths"]
 
 
 def test_another_alignment_moves_the_tensors(tmp_path: Path) -> None:
@@ -103,7 +112,7 @@ def test_version_2_is_read_alike(tmp_path: Path) -> None:
     data[4:8] = struct.pack("<I", 2)
     (tmp_path / "two.gguf").write_bytes(data)
     two = read_gguf_header(tmp_path / "two.gguf")
-    assert two == GGUFHeader(2, three.metadata, three.array_lengths, three.tensors, three.data_offset)
+    assert two == GGUFHeader(2, three.metadata, three.array_lengths, three.arrays, three.tensors, three.data_offset)
 
 
 def text(value: str | bytes) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lmserve.runtime.gguf_folder import BadConversion, check
+from lmserve.runtime.gguf.folder import BadConversion, check
 from tests.runtime.tiny_models import build_tiny
 from tests.tiny_folder import byte_tokenizer
 

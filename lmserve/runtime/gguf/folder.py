@@ -1,6 +1,6 @@
 """A GGUF file made into a model folder: bfloat16 weights, tokenizer, chat template, generation config.
 
-``python -m lmserve.runtime.gguf_folder FILE FOLDER``. Dequantising once makes every later start faster, and other
+``python -m lmserve.runtime.gguf.folder FILE FOLDER``. Dequantising once makes every later start faster, and other
 programs can read the folder too.
 """
 
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lmserve.config import ModelConfig
+from lmserve.gguf_tokenizer import load_gguf_tokenizer
+from lmserve.runtime.loader import load_model
 
 PROBE = "Hello  world,\n\n\tit's 12345 o'clock: naïve café, 東京, 😀."
 
@@ -24,20 +28,15 @@ def convert(source: Path, target: Path) -> None:
 
     Raises:
         BadConversion: the tokenizer does not give texts back, or disagrees with the model.
+        ModelLoadFailed: the model cannot be read as the file means it.
         Exception: the readers' own, for a file that is damaged or not known to them.
     """
-    name = source.name
-    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=name)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(source.parent),
-        gguf_file=name,
-        quantization_config=GgufConfig(gguf_file=name, dequantize=True),
-        dtype=torch.bfloat16,
-    )
+    tokenizer, end_ids, sampling = load_gguf_tokenizer(source)
+    model, _ = load_model(ModelConfig(model=str(source), device="cpu", dtype="bfloat16"))
     check(tokenizer, model)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    generation: Any = model.generation_config
+    generation.update(eos_token_id=end_ids, bos_token_id=tokenizer.bos_token_id, **sampling)
     tokenizer.save_pretrained(str(target))
     model.save_pretrained(target)
 

@@ -2,7 +2,7 @@
 
 Own code although the ``gguf`` package reads such files: its ``GGUFReader`` makes numpy objects for every token of the
 vocabulary, seconds of work that hold the interpreter's lock, and the API process streams answers meanwhile. Here arrays
-are passed over. The layout is ggml's ``docs/gguf.md``, versions 2 and 3, little endian.
+of texts, and long ones, are passed over. The layout is ggml's ``docs/gguf.md``, versions 2 and 3, little endian.
 
 Files come from strangers: every count and length is held against what is left of the file before it is used.
 """
@@ -27,6 +27,8 @@ MAX_ENTRIES = 65536
 MAX_DIMENSIONS = 4
 """As in ggml (``GGML_MAX_DIMS``)."""
 MAX_ELEMENTS = 2**63 - 1
+MAX_ARRAY = 4096
+"""Numbers in an array that is kept: one for each layer, not one for each token."""
 DEFAULT_ALIGNMENT = 32
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -71,12 +73,14 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """A header without its arrays."""
+    """A header without its arrays of texts and its long ones."""
 
     version: int
     metadata: Mapping[str, str | int | float | bool]
     array_lengths: Mapping[str, int]
     """How many elements each of the metadata's arrays has."""
+    arrays: Mapping[str, tuple[int | float, ...]]
+    """Of these, those of at most ``MAX_ARRAY`` numbers."""
     tensors: tuple[TensorInfo, ...]
     data_offset: int
     """Bytes from the file's beginning to its tensors."""
@@ -98,31 +102,36 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             big_endian = isinstance(version, int) and version & 0xFFFF == 0
             raise GGUFError("it is written for big endian machines" if big_endian else f"GGUF version {version}")
         num_tensors, num_keys = reader.count(minimum_bytes=24), reader.count(minimum_bytes=13)
-        metadata, array_lengths = _read_metadata(reader, num_keys)
+        metadata, array_lengths, arrays = _read_metadata(reader, num_keys)
         tensors = _read_tensors(reader, num_tensors)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise GGUFError(f"its alignment is {alignment!r}")
         data_offset = -(-reader.position // alignment) * alignment
-        return GGUFHeader(int(version), metadata, array_lengths, tensors, data_offset)
+        return GGUFHeader(int(version), metadata, array_lengths, arrays, tensors, data_offset)
 
 
-def _read_metadata(reader: _Reader, count: int) -> tuple[dict[str, str | int | float | bool], dict[str, int]]:
+def _read_metadata(
+    reader: _Reader, count: int
+) -> tuple[dict[str, str | int | float | bool], dict[str, int], dict[str, tuple[int | float, ...]]]:
     metadata: dict[str, str | int | float | bool] = {}
     array_lengths: dict[str, int] = {}
+    arrays: dict[str, tuple[int | float, ...]] = {}
     for _ in range(count):
         key = reader.string()
         if key in metadata or key in array_lengths:
             raise GGUFError(f"the key {key[:80]!r} stands in it twice")
         kind = int(reader.scalar(_U32))
         if kind == _ARRAY:
-            array_lengths[key] = reader.skip_array()
+            array_lengths[key], numbers = reader.array()
+            if numbers is not None:
+                arrays[key] = numbers
         elif kind == _STRING:
             metadata[key] = reader.string()
         else:
             value = reader.scalar(_scalar(kind))
             metadata[key] = bool(value) if kind == _BOOL else value
-    return metadata, array_lengths
+    return metadata, array_lengths, arrays
 
 
 def _read_tensors(reader: _Reader, count: int) -> tuple[TensorInfo, ...]:
@@ -189,17 +198,20 @@ class _Reader:
             raise GGUFError(f"it has a text of {length} bytes")
         return self.take(length).decode(errors="replace")
 
-    def skip_array(self) -> int:
-        """Goes past an array, and says how many elements it has."""
+    def array(self) -> tuple[int, tuple[int | float, ...] | None]:
+        """How many elements it has; and its numbers, if it has numbers, and few of them."""
         kind, length = int(self.scalar(_U32)), int(self.scalar(_U64))
         if kind == _ARRAY:
             raise GGUFError("it has an array of arrays")
         if kind != _STRING:
-            self.skip(_scalar(kind).size * length)
-            return length
+            layout = _scalar(kind)
+            if length > MAX_ARRAY:
+                self.skip(layout.size * length)
+                return length, None
+            return length, tuple(struct.unpack(f"<{length}{layout.format[1:]}", self.take(layout.size * length)))
         self._check(_U64.size * length)
         self._skip_strings(length)
-        return length
+        return length, None
 
     def _skip_strings(self, count: int) -> None:
         """Half a million of them in a vocabulary, hence without the methods above: two reads a string."""
