@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
+
+from benchmarks.model_types.patches import EMBEDDED_NOTES, IMAGES_TESTED
 
 HEADINGS = {"causal": "Text", "image-text": "Images and text", "encoder": "Embeddings"}
 INTRODUCTION = """\
@@ -27,17 +30,40 @@ load says so with the figures. Lanes, the fastest first:
 | serial | each sequence by itself, with the model's own cache |
 
 What a load compares on the real weights decides, not this page. Images are read in the packed lane and in the state
-lane, where prompts need not be whole.
+lane, where prompts need not be whole. They were not tried here: *tested* are those of families that the tests hold to
+`generate` with pictures and processors (`docs/images.md`); others are *compared at load*, and a model for which the
+comparison fails serves text.
 """
+EMBEDDINGS = """\
+The model's folder goes the road of a load with `--task embed`, and up to ten texts of 1 to 512 tokens are dealt out to
+two requests that share steps. *Exact*: no number of a vector (the mean of a text's tokens) differs by more than 1e-5,
+or by 1e-5 of the vector's largest where that is above 1, from what the model's own forward gives for the text alone, in
+float32. Ways, the fastest first; a load takes the first that gives the stock forward's hidden states:
+
+| way | how |
+|---|---|
+| packed | all texts' tokens side by side in one row, nothing is padded |
+| padded | texts of like length in one forward, with transformers' own masks |
+| single | each text in a forward of its own |
+
+Language models of the first table make vectors, too: with `--task embed` they go the same ways after the same
+comparison (without their heads; the last token is pooled, or what the folder's files say). They are not tried here.
+"""
+COLUMNS = {
+    "causal": ("type", "lane", ""),
+    "image-text": ("type", "lane", "images", ""),
+    "encoder": ("type", "way", "note"),
+}
 
 
 def render(table: dict[str, Any]) -> str:
     """The page, from the survey's file."""
     parts = [INTRODUCTION.format(version=table["transformers"])]
     for kind, heading in HEADINGS.items():
-        records = [record for record in table["types"] if record["kind"] == kind]
-        parts.append(f"\n## {heading}\n{_summary(kind, records)}\n\n| type | {'lane' if kind != 'encoder' else ''} | |")
-        parts[-1] += "\n|---|---|---|\n" + "\n".join(_row(record) for record in sorted(records, key=_name)) + "\n"
+        records = sorted((record for record in table["types"] if record["kind"] == kind), key=_name)
+        more = f"\n{EMBEDDINGS}" if kind == "encoder" else ""
+        lines = [_line(COLUMNS[kind]), "|---" * len(COLUMNS[kind]) + "|", *(_line(_cells(each)) for each in records)]
+        parts.append(f"\n## {heading}\n{_summary(kind, records)}\n{more}\n" + "\n".join(lines) + "\n")
     return "".join(parts)
 
 
@@ -47,30 +73,47 @@ def _name(record: dict[str, Any]) -> str:
 
 def _summary(kind: str, records: list[dict[str, Any]]) -> str:
     right = [record for record in records if record["outcome"] == "right"]
-    if kind == "encoder":
-        return f"Of {len(records)} types {len(right)} give a text, alone or padded, the same vectors in transformers."
-    outcomes = Counter(record.get("served") for record in right)
-    share = 100 * outcomes["exact"] / max(1, len(right))
-    lanes = Counter(record["lane"].partition(",")[0] for record in right if record.get("served") == "exact")
+    tried = records if kind == "encoder" else right
+    outcomes = Counter(record.get("served") for record in tried)
+    lanes = Counter(record["lane"].partition(",")[0] for record in tried if record.get("served") == "exact")
     told = ", ".join(f"{count} {lane}" for lane, count in lanes.most_common())
+    failed = f" {outcomes['fails']} fail," if outcomes["fails"] else ""
+    if kind == "encoder":
+        return (
+            f"Of {len(records)} types {outcomes['exact']} are served exactly ({told}),{failed} {outcomes['refused']} "
+            f"refused, {outcomes['wrong']} wrong, {outcomes['']} not built. In transformers itself padding leaves the "
+            f"vectors of {len(right)} types as they are."
+        )
+    share = 100 * outcomes["exact"] / max(1, len(right))
     return (
         f"Of {len(records)} types {len(right)} agree with themselves in transformers (cached and uncached). Of these "
-        f"{outcomes['exact']} are served exactly ({share:.1f} %: {told}), {outcomes['refused']} refused, "
+        f"{outcomes['exact']} are served exactly ({share:.1f} %: {told}),{failed} {outcomes['refused']} refused, "
         f"{outcomes['wrong']} wrong."
     )
 
 
-def _row(record: dict[str, Any]) -> str:
-    served, outcome = record.get("served"), record["outcome"]
+def _cells(record: dict[str, Any]) -> list[str]:
+    served, outcome, kind = record.get("served"), record["outcome"], record["kind"]
     if served:
         state = record["lane"] if served == "exact" else served
     else:
         state = "" if outcome == "right" else outcome if outcome == "not built" else "not served"
     reason = record["reason"] or record.get("served_reason", "")
-    if outcome == "right" and served == "exact" and record["lane"] == "packed":
+    if kind == "encoder" and served:
+        reason = "; ".join(filter(None, [EMBEDDED_NOTES.get(record["model_type"]), record["served_reason"]]))
+    elif outcome == "right" and served == "exact" and record["lane"] == "packed":
         reason = ""
-    return f"| {record['model_type']} | {state} | {_cell(reason)} |"
+    images = [_images(record)] if kind == "image-text" else []
+    return [record["model_type"], state, *images, reason]
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _images(record: dict[str, Any]) -> str:
+    if record.get("served") != "exact":
+        return ""
+    if record["lane"] not in ("packed", "state"):
+        return "none"
+    return "tested" if record["model_type"] in IMAGES_TESTED else "compared at load"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -57,7 +57,7 @@ PATCHES: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
     },
-    "esm": {"vocab_size": 160, "pad_token_id": 1, "mask_token_id": 3},
+    "esm": {"vocab_size": 160, "pad_token_id": 1, "mask_token_id": 3, "token_dropout": True},
     "esmc": {"vocab_size": 160},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
     "funnel": {"block_sizes": [2, 2], "block_repeats": [1, 1], "num_decoder_layers": 2},
@@ -180,3 +180,15 @@ WHY: dict[tuple[str, str], str] = {
     ("encoder", "yoso"): "it expects -10000 where padding is, and transformers gives it the lowest number there is",
 }
 """Why a type does not agree with itself, where reading its code told more than the numbers do."""
+
+EMBEDDED_NOTES: dict[str, str] = {
+    **dict.fromkeys(("bart", "mbart", "mvp"), "pooled are its decoder's states, which are what its class gives"),
+    "big_bird": "takes texts to whose every token it attends (in its base size 704 tokens); after one of them "
+    "transformers' class attends so to longer ones, too",
+}
+"""What more is to be known of an embedding type."""
+
+IMAGES_TESTED = frozenset(
+    ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava", "gemma3", "smolvlm", "idefics3", "internvl", "mistral3"]
+)
+"""Types of ``tests.images.tiny_vlms``' families."""

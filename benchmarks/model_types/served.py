@@ -35,7 +35,7 @@ BUDGET = 12
 """Tokens of a step: prompts are read in chunks."""
 CANCELLED = 1
 CONFIG = ModelConfig(
-    model="tiny",
+    model="./tiny",  # a folder that is not there: nobody asks the hub for a processor
     device="cpu",
     attention_backend="cpu",  # no native program: it is compared with torch's own forward at every load
     kv_cache_memory=64 * 2**20,

@@ -25,6 +25,7 @@ import torch
 import transformers
 
 from benchmarks.model_types.baseline import check, layer_kinds
+from benchmarks.model_types.embedded import embed
 from benchmarks.model_types.page import render
 from benchmarks.model_types.patches import WHY
 from benchmarks.model_types.served import serve
@@ -53,7 +54,7 @@ class Record:
     reach: float | None = None
     seconds: float = 0.0
     served: str = ""
-    """As ``served.Served``, of those that continue a text."""
+    """As ``served.Served``."""
     lane: str = ""
     served_reason: str = ""
 
@@ -90,7 +91,9 @@ def examine(kind: Kind, model_type: str) -> Record:
     record = replace(record, **{**asdict(outcome), **numbers})
     if why:
         record = replace(record, reason=f"{why}: {outcome.reason}")
-    if record.outcome in ("right", "wrong") and kind != "encoder":
+    if kind == "encoder":
+        return replace(record, **asdict(embed(build(kind, model_type))))
+    if record.outcome in ("right", "wrong"):
         record = replace(record, **asdict(serve(build(kind, model_type), build(kind, model_type))))
     return record
 

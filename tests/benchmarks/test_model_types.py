@@ -9,11 +9,12 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
-from benchmarks.model_types import baseline, served, survey
+from benchmarks.model_types import baseline, embedded, served, survey
 from benchmarks.model_types.page import render
-from benchmarks.model_types.patches import NOT_BUILT, PATCHES, STARTS, WHY
+from benchmarks.model_types.patches import EMBEDDED_NOTES, IMAGES_TESTED, NOT_BUILT, PATCHES, STARTS, WHY
 from benchmarks.model_types.shrink import pick_layers
 from benchmarks.model_types.tiny import KINDS, CannotBuild, Kind, build, model_types, tiny_config
+from tests.images import tiny_vlms
 
 TABLE = Path(survey.__file__).with_name("survey.json")
 SAMPLE: tuple[tuple[Kind, str, str], ...] = (
@@ -113,6 +114,10 @@ def test_of_many_layers_some_of_each_kind_stay() -> None:
         ("causal", "bloom", "exact", "serial"),
         ("causal", "recurrent_gemma", "refused", ""),
         ("image-text", "qwen3_5", "exact", "state"),
+        ("encoder", "bert", "exact", "packed"),
+        ("encoder", "mpnet", "exact", "padded"),
+        ("encoder", "fnet", "exact", "single"),
+        ("encoder", "reformer", "refused", ""),
     ],
 )
 def test_a_sample_is_served_as_the_page_says(kind: Kind, model_type: str, wanted: str, lane: str) -> None:
@@ -135,12 +140,41 @@ def test_a_wrong_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome.served_reason.startswith("prompt of 14, ")
 
 
+def test_a_wrong_vector_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(runner: Any, texts: Any) -> Any:
+        got = real(runner, texts)
+        got[4] = got[4].copy()
+        got[4][7] += 1e-2
+        return got
+
+    real = embedded.run
+    monkeypatch.setattr(embedded, "run", run)
+    outcome = embedded.embed(build("encoder", "bert"))
+    assert (outcome.served, outcome.lane) == ("wrong", "packed")
+    assert outcome.served_reason.startswith("text of 70 tokens: ")
+
+
+def test_texts_are_as_long_as_a_model_takes_and_hold_its_special_tokens() -> None:
+    model = build("encoder", "esm")
+    assert [len(text) for text in embedded.make_texts(model, 20)] == [19, 1, 9, 9, 14, 20]
+    assert len(embedded.make_texts(model, 10**6)[-1]) == embedded.LONGEST
+    assert embedded.make_texts(model, 20)[0][1:3] == [model.config.pad_token_id, 3]
+
+
 def test_all_but_a_few_are_served_exactly_and_none_wrongly() -> None:
-    for kind in ("causal", "image-text"):
+    for kind in KINDS:
         of_kind = [record for record in read_table()["types"] if record["kind"] == kind]
         right = [record["served"] for record in of_kind if record["outcome"] == "right"]
         assert right.count("exact") >= 0.95 * len(right)
         assert {record["served"] for record in of_kind} <= {"exact", "refused", ""}
+        tried = [record for record in of_kind if record["outcome"] in ("right", "wrong")]
+        assert not [record["model_type"] for record in tried if not record["served"]]
+
+
+def test_the_types_whose_images_are_tested_are_those_of_the_tests() -> None:
+    configs = {getattr(transformers, family.config) for family in tiny_vlms._FAMILIES.values()}
+    assert {config.model_type for config in configs} == IMAGES_TESTED
+    assert set(EMBEDDED_NOTES) <= set(model_types("encoder"))
 
 
 def test_the_page_is_of_the_survey() -> None:

@@ -1,9 +1,9 @@
-"""Two ways through a stock transformers encoder: packed, and padded as transformers does it.
+"""Three ways through a stock transformers encoder: packed, padded as transformers does it, and one by one.
 
 Packed, all inputs stand in one row of tokens, and only attention knows where one ends: it is a function of ours,
 plugged in through transformers' interface, that attends within each block of equal lengths. Nothing is padded, so
 nothing is computed in vain. A model whose attention is its own (MPNet has a position bias), or that needs its head (a
-cross-encoder), goes the padded way.
+cross-encoder), goes the padded way. Some leave padding's mask out (FNet, ConvBERT): their texts go one by one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -42,6 +42,10 @@ class EncoderLane(ABC):
         """(T, hidden size) in the model's dtype: the last layer's output for each of the batch's rows."""
 
 
+class _Reached(Exception):
+    """A row has come as far as the first layer that attends."""
+
+
 class PackedEncoderLane(EncoderLane):
     """All inputs in one row. Owns the plug between the model and our attention."""
 
@@ -51,6 +55,7 @@ class PackedEncoderLane(EncoderLane):
         super().__init__(model)
         self._blocks: list[Block] = []
         self._num_calls = 0
+        self._only_begins = False
         self._masks: dict[tuple[int, int, bool], Tensor] = {}
         self._padding_position = padding_position(model)
         # transformers reads meaning from names: "flash", "sdpa" and a slash must not be in it.
@@ -73,6 +78,19 @@ class PackedEncoderLane(EncoderLane):
     def give_back(self) -> None:
         """The model is as transformers made it again: it takes another lane."""
         self.model.set_attn_implementation(self._stock)
+
+    def try_row(self, batch: EncoderBatch) -> None:
+        """As far as the first attention: there is where a model counts a row's tokens, and takes them for one text's.
+
+        Raises:
+            Exception: what the model raises, if the row is too long for it.
+        """
+        self._only_begins = True
+        try:
+            with suppress(_Reached):
+                self.hidden_states(batch)
+        finally:
+            self._only_begins = False
 
     def hidden_states(self, batch: EncoderBatch) -> Tensor:
         self._blocks, self._num_calls = batch.blocks, 0
@@ -117,6 +135,8 @@ class PackedEncoderLane(EncoderLane):
         """query (1, heads, T, Dk), key and value (1, kv heads, T, D) -> ((1, T, heads, Dv), None): their contract."""
         if attention_mask is not None or arguments.get("position_bias") is not None:
             raise UnsupportedModel("its layers bring an attention mask or a position bias of their own")
+        if self._only_begins:
+            raise _Reached
         self._num_calls += 1
         causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         options = LayerOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
@@ -159,6 +179,13 @@ class PaddedEncoderLane(EncoderLane):
     """Inputs of like length in one stock forward each, with transformers' own masks."""
 
     name: ClassVar[str] = "padded"
+    pads: ClassVar[bool] = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        # Without its number, a decoder with a classification head says that it cannot tell padding.
+        if self.pads and getattr(model.config, "pad_token_id", None) is None:
+            raise UnsupportedModel("its configuration names no token for padding")
 
     def hidden_states(self, batch: EncoderBatch) -> Tensor:
         states = []
@@ -168,14 +195,12 @@ class PaddedEncoderLane(EncoderLane):
 
     def forwards(self, batch: EncoderBatch) -> Iterator[tuple[Any, list[int]]]:
         """The model's outputs, and the lengths of the inputs in each, in the order of the batch."""
-        # Several inputs at once need padding, and a decoder with a classification head says that it cannot tell it.
-        can_pad = getattr(self.model.config, "pad_token_id", None) is not None
         lengths = batch.lengths
         ids, types = (torch.split(x, lengths) for x in (batch.input_ids, batch.token_type_ids))
         first = 0
         while first < len(lengths):
             end = first + 1
-            while can_pad and end < len(lengths) and lengths[end] >= LEAST_FILL * lengths[first]:
+            while self.pads and end < len(lengths) and lengths[end] >= LEAST_FILL * lengths[first]:
                 end += 1
             yield self._forward(ids[first:end], types[first:end]), lengths[first:end]
             first = end
@@ -183,9 +208,17 @@ class PaddedEncoderLane(EncoderLane):
     def _forward(self, ids: tuple[Tensor, ...], types: tuple[Tensor, ...]) -> Any:
         padding = getattr(self.model.config, "pad_token_id", None) or 0
         arguments: dict[str, Any] = {"attention_mask": _pad_rows([torch.ones_like(each) for each in ids], 0)}
-        if "token_type_ids" in self._parameters:
+        # XLM takes no types for something else than types that are all 0.
+        if "token_type_ids" in self._parameters and any(bool(each.any()) for each in types):
             arguments["token_type_ids"] = _pad_rows(types, 0)
         return self.model(input_ids=_pad_rows(ids, padding), **arguments)
+
+
+class SingleEncoderLane(PaddedEncoderLane):
+    """Each input in a forward of its own."""
+
+    name: ClassVar[str] = "single"
+    pads: ClassVar[bool] = False
 
 
 def padded_rows(num_rows: int) -> int:
@@ -201,22 +234,31 @@ def padding_position(model: nn.Module) -> int | None:
     None: positions count from 0, whatever the tokens are.
     """
     table = _position_table(model)
-    return None if table is None else table.padding_idx
+    return None if table is None else table[1]
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """Tokens that one input may have; None where the model does not say."""
-    table = _position_table(model)
-    if table is not None:
-        return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-    value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return value if isinstance(value, int) and value > 0 else None
+    table, config = _position_table(model), model.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None), _full_attention(config)]
+    if table is not None:  # it may have rows that no text gets to
+        limits.append(table[0] - (0 if table[1] is None else table[1] + 1))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
-def _position_table(model: nn.Module) -> nn.Embedding | None:
+def _full_attention(config: Any) -> int | None:
+    """BigBird attends to everything up to so many tokens, and after one such text to whatever comes, for good: what a
+    longer one's vector is would depend on what has come before it."""
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return None
+    return (5 + 2 * int(config.num_random_blocks)) * int(config.block_size)
+
+
+def _position_table(model: nn.Module) -> tuple[int, int | None] | None:
+    """(its rows, the number of padding's), of whatever class: I-BERT's is its own."""
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
-            return module
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(getattr(module, "weight", None), Tensor):
+            return len(module.weight), getattr(module, "padding_idx", None)
     return None
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lmserve.config import ModelConfig
-from lmserve.runtime.encoder.build import AUTO_CLASSES, CPU_BATCHED_TOKENS, context_length
+from lmserve.runtime.encoder.build import CPU_BATCHED_TOKENS, auto_class, context_length
 from lmserve.runtime.encoder.recipe import read_recipe
 from lmserve.runtime.interface import MemoryPlan, Task
-from lmserve.runtime.loader import choose_dtype, read_model_config
+from lmserve.runtime.loader import dtype_of, read_model_config
 from lmserve.runtime.memory import free_bytes
 from lmserve.runtime.memory_plan import (
     FIRST_USE_BYTES,
@@ -27,8 +27,8 @@ def plan_encoder(config: ModelConfig, task: Task, reserved_bytes: int = 0) -> Me
     """
     recipe = read_recipe(config, task)
     source = read_model_config(config, recipe.subfolder)
-    device, dtype = source.device, choose_dtype(config.dtype, source.checkpoint_dtype, source.device)
-    model = hollow_model(source.config, AUTO_CLASSES[task], config.trust_remote_code)
+    device, dtype = source.device, dtype_of(config, source)
+    model = hollow_model(source.config, auto_class(source.config, task), config.trust_remote_code)
     length = context_length(model, config, recipe.max_seq_length)
     num_tokens = max(length, num_batched_tokens(config, device, CPU_BATCHED_TOKENS))
     weights = loaded_weight_bytes(config, source, model, dtype)

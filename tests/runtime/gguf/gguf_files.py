@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from tests.runtime.gguf.gguf_cases import CASES
-from tests.runtime.tiny_models import build_from_config
+from tests.runtime.tiny_models import VOCAB_SIZE, build_from_config
 
 
 def build(case: str, **overrides: Any) -> PreTrainedModel:
@@ -32,18 +32,26 @@ def build(case: str, **overrides: Any) -> PreTrainedModel:
     return model
 
 
-def write(path: Path, case: str, model: PreTrainedModel, also: Callable[[gguf.GGUFWriter], None] | None = None) -> None:
-    """The model as a file. ``also`` may say more."""
+Also = Callable[[gguf.GGUFWriter], None]
+
+
+def some_words(writer: gguf.GGUFWriter) -> None:
+    """A vocabulary for models that are read by their logits."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(VOCAB_SIZE)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * VOCAB_SIZE)
+    writer.add_token_merges(["t 1"])
+    for add, number in ((writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2), (writer.add_pad_token_id, 0)):
+        add(number)
+
+
+def write(path: Path, case: str, model: PreTrainedModel, also: Also | None = None, words: Also = some_words) -> None:
+    """The model as a file. ``also`` may say more; ``words`` says the vocabulary."""
     architecture = CASES[case][0]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     _say(writer, architecture, model.config)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(model.config.vocab_size)])
-    writer.add_token_types([gguf.TokenType.NORMAL] * model.config.vocab_size)
-    writer.add_token_merges(["t 1"])
-    for add, number in ((writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2), (writer.add_pad_token_id, 0)):
-        add(number)
+    words(writer)
     if also is not None:
         also(writer)
     for name, array in _tensors(architecture, model):
