@@ -114,3 +114,10 @@ def test_a_weight_that_no_file_has_is_a_refusal(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelLoadFailed, match=r"lack: model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(config(folder))
+
+
+def test_experts_are_multiplied_in_groups(tmp_path: Path) -> None:
+    """By torch's grouped products, not one expert after the other."""
+    in_dtype(build_tiny("qwen3-moe"), torch.bfloat16).save_pretrained(tmp_path / "experts")
+    model, _ = load_model(config(tmp_path / "experts"))
+    assert model.config._experts_implementation == "grouped_mm"

@@ -20,7 +20,7 @@ class GGUFFile:
     """Owns the header of one file.
 
     Raises:
-        ModelLoadFailed: it cannot be read.
+        ModelLoadFailed: it cannot be read, or holds a part of a model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,6 +29,11 @@ class GGUFFile:
             self.header: GGUFHeader = read_gguf_header(path)
         except (GGUFError, OSError) as error:
             raise ModelLoadFailed(f"{path.name}: {error}") from error
+        if (parts := self.header.metadata.get("split.count", 1)) != 1:
+            raise ModelLoadFailed(
+                f"{path.name}: it is one of {parts} parts, and transformers reads whole files: join them with"
+                " `llama-gguf-split --merge`"
+            )
         self.family = str(self.header.metadata.get("general.architecture"))
         prefix = f"{self.family}."
         said = {**self.header.metadata, **self.header.arrays}

@@ -158,6 +158,13 @@ def test_a_weight_that_no_tensor_has_is_a_refusal(tmp_path: Path) -> None:
         load(tmp_path / "tiny.gguf")
 
 
+def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
+    name = "tiny-00001-of-00003.gguf"
+    write(tmp_path / name, "llama", build("llama"), lambda writer: writer.add_uint16("split.count", 3))
+    with pytest.raises(ModelLoadFailed, match="one of 3 parts"):
+        load(tmp_path / name)
+
+
 def test_rope_frequencies_of_no_llama_are_refused(tmp_path: Path) -> None:
     divisors = torch.tensor([1.0, 1.0, 1.0, 2.0, 2.5, 3.0, 3.5, 4.0]).numpy()
     write(tmp_path / "tiny.gguf", "llama", build("llama"), lambda w: w.add_tensor("rope_freqs.weight", divisors))
