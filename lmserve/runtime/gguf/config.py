@@ -47,6 +47,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "ssm.time_step_rank": ("time_step_rank",),
 }
 """What a key is called in configurations: the first name that the model's class has."""
+WINDOW = "attention.sliding_window"
+"""0 is none: Phi 4 has the key, and no window."""
 CONTEXT = "context_length"
 """Models without positions have no name for it; it limits requests all the same."""
 SILENT = frozenset({"vocab_size", "tensor_data_layout", "pooling_type", "use_parallel_residual"})
@@ -140,18 +142,16 @@ def _named(file: GGUFFile, config: Any) -> dict[str, Any]:
         if value is None:
             continue
         name = next((name for name in names if name in there), names[0] if key == CONTEXT else None)
-        if isinstance(value, tuple) or (name is None and value != _without_a_name(file, key, config)):
+        if isinstance(value, tuple) or (name is None and value and value != _without_a_name(file, key, config)):
             raise file.not_understood(key)
         if name is not None:
-            changes[name] = value
+            changes[name] = None if key == WINDOW and not value else value
     return changes
 
 
 def _without_a_name(file: GGUFFile, key: str, config: Any) -> Any:
     """What a class is built for that has no name for it."""
-    if file.family == "mamba":
-        return 0  # it has neither attention nor a feed-forward network
-    heads = file.get("attention.head_count") or config.num_attention_heads
+    heads = file.get("attention.head_count") or 1
     width = file.get("embedding_length") or config.hidden_size
     return {
         "feed_forward_length": 4 * width,

@@ -118,8 +118,8 @@ def _say_attention(writer: gguf.GGUFWriter, architecture: str, config: Any) -> N
     ):
         writer.add_key_length(head)
         writer.add_value_length(head)
-    if getattr(config, "sliding_window", None):
-        writer.add_sliding_window(config.sliding_window)
+    if architecture == "phi3" or getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window or 0)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
