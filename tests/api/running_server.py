@@ -38,7 +38,8 @@ OFFLINE = types.MappingProxyType({"HF_HUB_OFFLINE": "1"})
 def says(*texts: str) -> Script:
     """A model that answers with these texts: choice i with the i-th, and the last from there on."""
     model = made.smollm2()
-    return lambda request, choice: [*model.encode_rendered(texts[min(choice, len(texts) - 1)]), *model.eos_token_ids]
+    end = model.tokenizer.eos_token_id
+    return lambda request, choice: [*model.encode_rendered(texts[min(choice, len(texts) - 1)]), end]
 
 
 def goes_on(request: object, choice: int) -> list[int]:

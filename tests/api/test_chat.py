@@ -34,7 +34,7 @@ def test_an_answer(server: RunningServer) -> None:
     prompt = made.smollm2().tokenizer.apply_chat_template(HI, add_generation_prompt=True, return_dict=False)
     [sent] = server.engine.requests
     assert sent.prompt_token_ids == prompt
-    assert sent.eos_token_ids == [2]
+    assert sent.eos_token_ids == [0, 2]
     usage = answer.usage
     assert usage is not None
     assert usage.prompt_tokens == len(prompt)
