@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
-from lmserve.gguf_header import GGUFError, read_gguf_header
+from lmserve.runtime.gguf.file import GGUFFile
 from lmserve.runtime.interface import Task
 from lmserve.runtime.loader import read_json
 
@@ -139,11 +139,7 @@ def _plain(config: ModelConfig) -> tuple[Pooling, bool]:
 
 
 def _gguf_pooling(file: Path) -> str:
-    try:
-        metadata = read_gguf_header(file).metadata
-    except (GGUFError, OSError) as error:
-        raise ModelLoadFailed(f"{file.name}: {error}") from error
-    said = metadata.get(f"{metadata.get('general.architecture')}.pooling_type")
+    said = GGUFFile(file).get("pooling_type")
     mode = "mean" if said is None else GGUF_POOLING.get(int(said))
     if mode is None:
         raise ModelLoadFailed(f"{file.name}: it pools its tokens in a way that is not served")
