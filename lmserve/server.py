@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import stat
@@ -295,10 +297,11 @@ def _announce(config: Config, sock: socket.socket, models: ModelManager) -> None
         curl = f"curl {url}/chat/completions"
     key = ' -H "Authorization: Bearer $LMSERVE_API_KEY"' if config.api_key else ""
     example = next((entry.model_id for entry in (*loaded, *known)), "NAME")
-    body = f'{{"model": "{example}", "messages": [{{"role": "user", "content": "Say this is a test!"}}]}}'
+    # Bounded: a small model that finds no end would let the first thing that somebody tries take minutes on a CPU.
+    chat = [{"role": "user", "content": "Say this is a test!"}]
+    body = shlex.quote(json.dumps({"model": example, "messages": chat, "max_tokens": 64}))
     print(
-        f"\nlmserve {__version__} listens on {url}\nTry:\n"
-        f"  {curl}{key} -H 'Content-Type: application/json' -d '{body}'",
+        f"\nlmserve {__version__} listens on {url}\nTry:\n  {curl}{key} -H 'Content-Type: application/json' -d {body}",
         file=sys.stderr,
         flush=True,
     )
