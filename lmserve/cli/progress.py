@@ -16,6 +16,7 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from lmserve.cli.tables import format_seconds, format_size
@@ -72,6 +73,9 @@ class Bar:
 
 class _Rate(ProgressColumn):
     """Speed and time left by the server's figures: it knows better than the times at which we ask."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))  # in a narrow terminal the bar is what gets shorter
 
     def render(self, task: Task) -> Text:
         speed = task.fields["speed"]

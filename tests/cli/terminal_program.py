@@ -106,7 +106,8 @@ def at_terminal(
     """Starts ``lmserve`` there. ``stdout``: a file for that instead."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("LMSERVE_")}
+    # A width in the environment goes before the terminal's own, and who runs the tests may have set one.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LMSERVE_", "COLUMNS", "LINES"))}
     process = subprocess.Popen(
         [sys.executable, "-c", _START, *arguments],
         stdin=theirs,

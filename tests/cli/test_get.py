@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.cli.running import lmserve
 from tests.cli.scripted_server import GIB, Script, download, scripted_server
 from tests.cli.terminal_program import CTRL_C, at_terminal
@@ -27,9 +29,10 @@ def test_a_download_without_a_terminal_is_a_line_for_each_tenth() -> None:
     assert script.bodies(PATH) == [{"model": "Some/Model", "revision": "v2", "quantization": "Q4_K_M"}]
 
 
-def test_a_download_at_a_terminal_is_a_bar() -> None:
+@pytest.mark.parametrize("columns", [120, 80])
+def test_a_download_at_a_terminal_is_a_bar(columns: int) -> None:
     script = Script(downloads=[download("downloading", GIB // 2)])
-    with scripted_server(script) as url, at_terminal("get", "Some/Model", "--url", url, columns=120) as program:
+    with scripted_server(script) as url, at_terminal("get", "Some/Model", "--url", url, columns=columns) as program:
         program.until("Downloading Some/Model")
         program.until("0.5/1.0 GiB 4.77 MiB/s, 1m 47s left")
         assert "━" in program.text
