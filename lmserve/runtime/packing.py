@@ -122,8 +122,8 @@ class StepPacker:
             layout = self._layouts[chunk.slot]
             if layout is not None:
                 self._pack_images(layout, chunk, row, positions, images)
-            runs = () if layout is None else layout.runs
-            spans.append(Span(row, chunk.num_tokens, end, chunk.block_table, runs))
+            seen = ((), False) if layout is None else (layout.runs, layout.only_in_windows)
+            spans.append(Span(row, chunk.num_tokens, end, chunk.block_table, *seen))
             if chunk.samples:
                 logits_rows.append(end_row - 1)
             prompt_rows += [row + position - chunk.start for position in chunk.prompt_logprobs]

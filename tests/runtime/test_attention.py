@@ -55,6 +55,7 @@ def make_case(
     scattered: bool = True,
     seed: int = 0,
     images: tuple[tuple[tuple[int, int], ...], ...] = (),
+    only_in_windows: bool = False,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
 
@@ -74,7 +75,7 @@ def make_case(
         k, v = random(total, kv_heads, key_size), random(total, kv_heads, value_size)
         slots = torch.tensor([table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(total)])
         cache.k[slots], cache.v[slots] = k, v
-        spans.append(Span(row, new, total, table, runs))
+        spans.append(Span(row, new, total, table, runs, only_in_windows))
         new_k.append(k[cached:])
         new_v.append(v[cached:])
         contents.append((k, v))
@@ -83,10 +84,12 @@ def make_case(
 
 
 def seen_from(position: int, span: Span, window: int | None) -> list[int]:
-    """What stands before it and its own image, as far as the window goes back."""
+    """What stands before it, as far as the window goes back, and its own image."""
     [together] = [range(*image) for image in span.images if position in range(*image)] or [range(0)]
     first = 0 if window is None else max(0, position - window + 1)
-    return [key for key in range(first, span.kv_len) if key <= position or key in together]
+    if span.only_in_windows:
+        together = range(0) if window is None else range(max(first, together.start), together.stop)
+    return [key for key in range(span.kv_len) if first <= key <= position or key in together]
 
 
 def expected(case: Case, options: LayerOptions) -> Tensor:
@@ -139,20 +142,26 @@ def test_mixed_step(name: str, options: LayerOptions, scattered: bool) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("name", BACKENDS_HERE)
 @pytest.mark.parametrize("scattered", [True, False], ids=["scattered", "adjacent"])
-def test_tokens_of_an_image_see_each_other(name: str, options: LayerOptions, scattered: bool) -> None:
-    case = make_case(WITH_IMAGES, scattered=scattered, images=IMAGES)
+@pytest.mark.parametrize("only_in_windows", [False, True], ids=["everywhere", "in windows"])
+def test_tokens_of_an_image_see_each_other(
+    name: str, options: LayerOptions, scattered: bool, only_in_windows: bool
+) -> None:
+    case = make_case(WITH_IMAGES, scattered=scattered, images=IMAGES, only_in_windows=only_in_windows)
     found = run(name, case, options).double()
     torch.testing.assert_close(found, expected(case, options), rtol=1e-5, atol=1e-5)
-    if options.window != 1:
-        blind = make_case(WITH_IMAGES, scattered=scattered)
-        assert not torch.allclose(found, expected(blind, options), atol=1e-2)
+    blind = make_case(WITH_IMAGES, scattered=scattered)
+    sees_nothing_more = only_in_windows and options.window is None
+    assert torch.allclose(found, expected(blind, options), atol=1e-2) == sees_nothing_more
 
 
 @pytest.mark.parametrize("name", BACKENDS_HERE)
 @pytest.mark.parametrize("window", [None, 6])
-def test_where_a_prefix_of_an_image_was_cached_makes_no_difference(name: str, window: int | None) -> None:
+@pytest.mark.parametrize("only_in_windows", [False, True])
+def test_where_a_prefix_of_an_image_was_cached_makes_no_difference(
+    name: str, window: int | None, only_in_windows: bool
+) -> None:
     options = LayerOptions(SCALING, window)
-    whole = make_case(((0, 20),), images=(((5, 17),),))
+    whole = make_case(((0, 20),), images=(((5, 17),),), only_in_windows=only_in_windows)
     expected_rows = run(name, whole, options)
     for cached in range(1, 20):
         [span] = whole.spans
@@ -161,7 +170,7 @@ def test_where_a_prefix_of_an_image_was_cached_makes_no_difference(name: str, wi
             whole.k[cached:],
             whole.v[cached:],
             whole.cache,
-            [Span(0, 20 - cached, 20, span.block_table, span.images)],
+            [Span(0, 20 - cached, 20, span.block_table, span.images, only_in_windows)],
             whole.sequences,
         )
         torch.testing.assert_close(run(name, rest, options), expected_rows[cached:], rtol=1e-5, atol=1e-5)

@@ -20,6 +20,18 @@ class Span:
     block_table: list[int]
     images: tuple[tuple[int, int], ...] = ()
     """Positions [start, end) of images whose tokens all see each other. A step never ends inside one."""
+    only_in_windows: bool = False
+    """Whether they do so only in layers with a sliding window, and only within that (Gemma 4); else in all layers, and
+    whatever the window (Gemma 3)."""
+
+    @property
+    def has_image_rows(self) -> bool:
+        """Whether any of the rows is of such an image."""
+        return any(start < self.kv_len and end > self.kv_len - self.q_len for start, end in self.images)
+
+    def images_in(self, window: int | None) -> tuple[tuple[int, int], ...]:
+        """Those whose tokens see each other in a layer with this window."""
+        return () if self.only_in_windows and window is None else self.images
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +137,20 @@ class AttentionBackend(ABC):
         """q (T, heads, Dk) and the same tokens' k, v (T, kv heads, Dk | Dv) -> (T, heads, Dv)."""
 
 
-def visible(
-    q_positions: Tensor, k_positions: Tensor, window: int | None, images: tuple[tuple[int, int], ...] = ()
-) -> Tensor:
-    """(len(q_positions), len(k_positions)) bool: which keys a query sees: those before it, and its own image's."""
+def visible(q_positions: Tensor, k_positions: Tensor, window: int | None, span: Span | None = None) -> Tensor:
+    """(len(q_positions), len(k_positions)) bool: which keys a query sees: those before it, as far as the window goes
+    back, and its own image's. ``span``: the queries', which knows of images."""
     keep = k_positions <= q_positions[:, None]
-    for start, end in images:
-        within = ((q_positions >= start) & (q_positions < end))[:, None]
-        keep |= within & (k_positions >= start) & (k_positions < end)
-    if window is not None:
-        keep &= k_positions > q_positions[:, None] - window
+    near = None if window is None else k_positions > q_positions[:, None] - window
+    if near is not None:
+        keep &= near
+    if span is None:
+        return keep
+    for start, end in span.images_in(window):
+        together = (
+            ((q_positions >= start) & (q_positions < end))[:, None] & (k_positions >= start) & (k_positions < end)
+        )
+        keep |= together & near if near is not None and span.only_in_windows else together
     return keep
 
 

@@ -102,7 +102,7 @@ def pack(spans: list[Span], device: torch.device) -> Packed | None:
     are images, whose tokens see what comes behind them."""
     chunks = [span for span in spans if span.q_len > 1]
     follow_each_other = all(a.row + a.q_len == b.row for a, b in zip(chunks, chunks[1:], strict=False))
-    if not chunks or not follow_each_other or any(span.images for span in chunks):
+    if not chunks or not follow_each_other or any(span.has_image_rows for span in spans):
         return None
     lengths = [span.q_len for span in chunks]
     return Packed(

@@ -70,7 +70,7 @@ class ReferenceBackend(AttentionBackend):
                 q[rows].transpose(0, 1)[None],
                 _read(cache.k, cache.k_scale, cache_rows).transpose(0, 1)[None],
                 _read(cache.v, cache.v_scale, cache_rows).transpose(0, 1)[None],
-                visible(q_positions, k_positions, options.window, span.images),
+                visible(q_positions, k_positions, options.window, span),
                 options,
             )[0].transpose(0, 1)
         return out

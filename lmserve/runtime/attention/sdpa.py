@@ -121,7 +121,7 @@ class SdpaBackend(AttentionBackend):
         decodes: defaultdict[int, list[Span]] = defaultdict(list)
         groups = []
         for span in spans:
-            if span.q_len == 1:
+            if span.q_len == 1 and not span.has_image_rows:
                 decodes[self._padded_length(span, window)].append(span)
             else:
                 groups.append(self._make_group([span], self._padded_length(span, window), window))
@@ -132,7 +132,10 @@ class SdpaBackend(AttentionBackend):
         """The first block that any query of the span sees."""
         if window is None:
             return 0
-        return max(0, span.kv_len - span.q_len + 1 - window) // self.layout.block_size
+        row = span.kv_len - span.q_len
+        images = () if span.only_in_windows else span.images
+        first = min([row + 1 - window, *(start for start, end in images if end > row)])
+        return max(0, first) // self.layout.block_size
 
     def _padded_length(self, span: Span, window: int | None) -> int:
         needed = span.kv_len - self._first_block(span, window) * self.layout.block_size
@@ -151,8 +154,8 @@ class SdpaBackend(AttentionBackend):
         q_positions = (ends[:, None] - q_len + torch.arange(q_len, device=self.layout.device)).flatten()
         k_positions = starts[:, None] + torch.arange(num_keys, device=self.layout.device)
         k_positions = k_positions.repeat_interleave(q_len, dim=0)
-        images = spans[0].images if q_len > 1 else ()
-        keep = visible(q_positions, k_positions, window, images).view(len(spans), 1, q_len, num_keys)
+        seer = spans[0] if spans[0].has_image_rows else None
+        keep = visible(q_positions, k_positions, window, seer).view(len(spans), 1, q_len, num_keys)
         bias = torch.zeros(keep.shape, dtype=self.layout.dtype, device=self.layout.device).masked_fill_(
             ~keep, float("-inf")
         )

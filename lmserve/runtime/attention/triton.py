@@ -23,6 +23,7 @@ from torch import Tensor
 from lmserve.runtime.attention.base import AttentionBackend, CacheLayout, LayerCache, LayerOptions, Span
 from lmserve.runtime.attention.triton_kernels import (
     LOG2_E,
+    NOWHERE,
     combine_kernel,
     decode_kernel,
     prompt_kernel,
@@ -84,8 +85,9 @@ class Prompts:
     rows: Tensor
     """Each one's first in the packed step."""
     q_lens: Tensor
-    row_ends: Tensor | None
-    """(T,) int32: where what a row sees ends; None if that is behind itself everywhere (no images)."""
+    row_bounds: Tensor | None
+    """(T x 2) int32: where what a row sees ends, and where what it sees whatever the window begins; None if the one is
+    behind itself and the other nowhere (no images)."""
     tiles: dict[int, list[Tensor]] = field(default_factory=dict)
     """By the tokens that a tile takes: each tile's span, and its first token in it."""
 
@@ -178,8 +180,8 @@ class TritonBackend(AttentionBackend):
             self.capability = 10 * major + minor
 
     def plan(self, spans: list[Span]) -> TritonPlan:
-        decodes = [span for span in spans if span.q_len == 1]
-        prompts = [span for span in spans if span.q_len > 1]
+        decodes = [span for span in spans if span.q_len == 1 and not span.has_image_rows]
+        prompts = [span for span in spans if span.q_len > 1 or span.has_image_rows]
         width = max((-(-span.kv_len // self.layout.block_size) for span in spans), default=1)
         width = -(-width // ALIGNMENT) * ALIGNMENT
         parts: list[NDArray[np.int32]] = []
@@ -189,17 +191,17 @@ class TritonBackend(AttentionBackend):
                 np.arange(len(group), dtype=np.int32),
                 *_numbers([(span.kv_len, span.row, span.q_len) for span in group]),
             ]
-        ends = _row_ends(prompts)
-        parts.append(np.empty(0, np.int32) if ends is None else ends)
+        bounds = _row_bounds(prompts)
+        parts.append(np.empty(0, np.int32) if bounds is None else bounds.ravel())
         sent = self._send(parts)
         for_decodes = for_prompts = None
         if decodes:
             num_segments = self._num_segments(max(span.kv_len for span in decodes))
             for_decodes = Decodes(sent[0].view(-1, width), sent[1], sent[2], sent[3], num_segments)
         if prompts:
-            tables, table_rows, kv_lens, rows, q_lens, row_ends = sent[5:]
-            row_ends_if_any = None if ends is None else row_ends
-            for_prompts = Prompts(prompts, tables.view(-1, width), table_rows, kv_lens, rows, q_lens, row_ends_if_any)
+            tables, table_rows, kv_lens, rows, q_lens, row_bounds = sent[5:]
+            bounds_if_any = None if bounds is None else row_bounds
+            for_prompts = Prompts(prompts, tables.view(-1, width), table_rows, kv_lens, rows, q_lens, bounds_if_any)
         return TritonPlan(for_decodes, for_prompts, sum(span.q_len for span in spans))
 
     def plan_decode(self, tables: Tensor, table_rows: Tensor, kv_lens: Tensor) -> TritonPlan:
@@ -282,18 +284,19 @@ class TritonBackend(AttentionBackend):
         if tiles is None:
             tiles = prompts.tiles[shape.tokens] = self._send(_tiles(prompts.spans, shape.tokens))
         sinks = q if options.sinks is None else options.sinks
-        row_ends = prompts.kv_lens if prompts.row_ends is None else prompts.row_ends
+        has_bounds = prompts.row_bounds is not None and any(span.images_in(options.window) for span in prompts.spans)
+        row_bounds = prompts.row_bounds if has_bounds else prompts.kv_lens
         prompt_kernel[(len(tiles[0]), shape.num_kv_heads)](
             *(q, cache.k, cache.v, out),
             *(prompts.tables, prompts.table_rows, prompts.kv_lens, prompts.rows, prompts.q_lens, *tiles),
-            *(row_ends, sinks),
+            *(row_bounds, sinks),
             *_arguments(q, out, prompts.tables, cache, options),
             **self.constants(shape, cache, options, is_decode=False),
-            HAS_ENDS=prompts.row_ends is not None,
+            HAS_BOUNDS=has_bounds,
         )
 
     def constants(self, shape: Shape, cache: LayerCache, options: LayerOptions, *, is_decode: bool) -> dict[str, Any]:
-        """What a kernel is compiled with; ``HAS_ENDS`` is the prompts' own. The pools are as the kernel gets them."""
+        """What a kernel is compiled with; ``HAS_BOUNDS`` is the prompts' own. The pools are as the kernel gets them."""
         of_decodes = {"SEGMENTS": SEGMENTS, "LEAST_SEGMENT": self.least_segment} if is_decode else {}
         return {
             **shape.constants,
@@ -347,18 +350,19 @@ def _numbers(rows: list[tuple[int, ...]]) -> list[NDArray[np.int32]]:
     return list(np.array(rows, np.int32).reshape(-1, 3).T)
 
 
-def _row_ends(prompts: list[Span]) -> NDArray[np.int32] | None:
-    """By row of the packed step; None if no chunk has images."""
-    if not any(span.images for span in prompts):
+def _row_bounds(prompts: list[Span]) -> NDArray[np.int32] | None:
+    """(rows of the packed step, 2): as ``Prompts`` has them; None if no row is of an image."""
+    if not any(span.has_image_rows for span in prompts):
         return None
-    ends = np.zeros(max(span.row + span.q_len for span in prompts), np.int32)
+    bounds = np.zeros((max(span.row + span.q_len for span in prompts), 2), np.int32)
     for span in prompts:
         positions = np.arange(span.kv_len - span.q_len, span.kv_len)
-        of_span = positions + 1
+        of_span = bounds[span.row : span.row + span.q_len]
+        of_span[:, 0], of_span[:, 1] = positions + 1, NOWHERE.value
         for start, end in span.images:
-            of_span[(positions >= start) & (positions < end)] = end
-        ends[span.row : span.row + span.q_len] = of_span
-    return ends
+            of_image = (positions >= start) & (positions < end)
+            of_span[of_image] = (end, NOWHERE.value if span.only_in_windows else start)
+    return bounds
 
 
 def _tiles(spans: list[Span], num_tokens: int) -> list[NDArray[np.int32]]:

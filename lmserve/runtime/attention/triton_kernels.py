@@ -10,7 +10,8 @@ Everything that differs between two steps of one shape is read on the device: le
 number of launched segments never decides how the context is cut, its length does that alone. So a row has the same bits
 in any company and in any grid, and a captured launch stays right.
 
-Rows whose tokens see more than what stands before them (images) bring the end of what they see.
+Rows whose tokens see more than what stands before them, as far as a window goes back (images), bring the end of what
+they see, and where it begins if no window bounds it.
 
 Pools of 8 bits are read and written by the GPU's own conversions, or as bits where it has none (``AS_BITS``): before
 Ada, and in the interpreter, whose rounding is wrong.
@@ -25,6 +26,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NEGATIVE = tl.constexpr(float("-inf"))
+NOWHERE = tl.constexpr(2**30)  # behind every key
 LARGEST = tl.constexpr(448.0)
 """That 8 bits (e4m3) can hold."""
 PRECISION = tl.constexpr("tf32x3")
@@ -132,12 +134,13 @@ def _queries(
 
 @triton.jit
 def _attend(
-    q, q_rest, KEYS, VALUES, table, low, high, position, ends, row_ok, hk, scale, softcap, window,
+    q, q_rest, KEYS, VALUES, table, low, high, firsts, ends, row_ok, hk, scale, softcap,
     HK: tl.constexpr, DK: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     AS_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Over the keys [low, high): the sum of values so far, and the maximum and the sum of weights that belong to it."""
+    """Over the keys [low, high), of which a row sees [firsts, ends): the sum of values so far, and the maximum and the
+    sum of weights that belong to it."""
     dv = tl.arange(0, DVP)
     maximum = tl.full([BM], NEGATIVE, tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -149,7 +152,7 @@ def _attend(
         scores = _scores(q, q_rest, KEYS, slot, seen, hk, scale, softcap, HK, DK, D1, D2, HAS_SOFTCAP, AS_BITS)
         keep = seen[None, :] & (n[None, :] < ends[:, None]) & row_ok[:, None]
         if HAS_WINDOW:
-            keep = keep & (n[None, :] > position[:, None] - window)
+            keep = keep & (n[None, :] >= firsts[:, None])
         scores = tl.where(keep, scores, NEGATIVE)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         base = tl.where(new_maximum == NEGATIVE, 0.0, new_maximum)  # a row that has seen nothing yet
@@ -204,7 +207,7 @@ def decode_kernel(
     table = TABLES + tl.load(TABLE_ROWS + span).to(tl.int64) * table_width
     high = tl.minimum(low + length, kv_len)
     out, maximum, total = _attend(
-        q, q_rest, KEYS, VALUES, table, low, high, position, position + 1, row_ok, hk, scale, softcap, window,
+        q, q_rest, KEYS, VALUES, table, low, high, position - window + 1, position + 1, row_ok, hk, scale, softcap,
         HK, DK, D1, D2, DV, DVP, BLOCK, BM, BN, HAS_WINDOW, HAS_SOFTCAP, AS_BITS,
     )  # fmt: skip
     dv = tl.arange(0, DVP)
@@ -224,11 +227,11 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["table_width", "window"])
 def prompt_kernel(
-    Q, KEYS, VALUES, OUT, TABLES, TABLE_ROWS, KV_LENS, ROWS, Q_LENS, TILE_SPAN, TILE_FIRST, ROW_ENDS, SINKS,
+    Q, KEYS, VALUES, OUT, TABLES, TABLE_ROWS, KV_LENS, ROWS, Q_LENS, TILE_SPAN, TILE_FIRST, ROW_BOUNDS, SINKS,
     q_token, q_head, o_token, o_head, table_width, scale, v_scale, softcap, window,
     G: tl.constexpr, HK: tl.constexpr, DK: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ENDS: tl.constexpr, IN_FLOAT32: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_BOUNDS: tl.constexpr, IN_FLOAT32: tl.constexpr,
     AS_BITS: tl.constexpr,
 ):  # fmt: skip
     """A tile of a prompt's chunk over all that its tokens see: OUT (T, heads, DV)."""
@@ -241,18 +244,18 @@ def prompt_kernel(
     head = hk * G + r % G
     row = (tl.load(ROWS + span) + token).to(tl.int64)
     position = kv_len - q_len + token
-    ends = position + 1
-    high = tl.minimum(kv_len - q_len + first + BM // G, kv_len)
-    if HAS_ENDS:
-        ends = tl.load(ROW_ENDS + row, mask=row_ok, other=0)
+    firsts, ends = position - window + 1, position + 1
+    low, high = kv_len - q_len + first - window + 1, tl.minimum(kv_len - q_len + first + BM // G, kv_len)
+    if HAS_BOUNDS:
+        ends = tl.load(ROW_BOUNDS + row * 2, mask=row_ok, other=0)
         high = tl.max(ends, 0)
-    low = 0
-    if HAS_WINDOW:
-        low = tl.maximum(0, kv_len - q_len + first - window + 1) // BN * BN
+        firsts = tl.minimum(firsts, tl.load(ROW_BOUNDS + row * 2 + 1, mask=row_ok, other=NOWHERE))
+        low = tl.minimum(low, tl.min(firsts, 0))
+    low = tl.maximum(0, low) // BN * BN if HAS_WINDOW else 0
     q, q_rest = _queries(Q, row, head, row_ok, q_token, q_head, DK, D1, D2, IN_FLOAT32)
     table = TABLES + tl.load(TABLE_ROWS + span).to(tl.int64) * table_width
     out, maximum, total = _attend(
-        q, q_rest, KEYS, VALUES, table, low, high, position, ends, row_ok, hk, scale, softcap, window,
+        q, q_rest, KEYS, VALUES, table, low, high, firsts, ends, row_ok, hk, scale, softcap,
         HK, DK, D1, D2, DV, DVP, BLOCK, BM, BN, HAS_WINDOW, HAS_SOFTCAP, AS_BITS,
     )  # fmt: skip
     if HAS_SINKS:

@@ -50,6 +50,8 @@ class PromptLayout:
     """For each image, where its placeholder tokens stand, ascending."""
     runs: tuple[tuple[int, int], ...]
     """Stretches of adjacent placeholders that see each other, as [start, end)."""
+    only_in_windows: bool
+    """Whether they do so only in layers with a sliding window."""
     positions: NDArray[np.int64] | None
     """(3, prompt tokens) for models with M-RoPE, else None."""
 
@@ -77,12 +79,13 @@ class PromptLayout:
 class PromptReader:
     """One model's image encoder, and the layout of prompts with images for it.
 
-    ``whole``: the tokens of an image see each other.
+    ``whole``: the tokens of an image see each other; ``only_in_windows``: in layers with a sliding window alone.
     """
 
-    def __init__(self, model: Any, encoder: ImageEncoder, *, whole: bool) -> None:
+    def __init__(self, model: Any, encoder: ImageEncoder, *, whole: bool, only_in_windows: bool = False) -> None:
         self.encoder = encoder
         self.whole = whole
+        self.only_in_windows = only_in_windows
         config = model.config
         token_id = getattr(config, "image_token_id", None)
         self.image_token_id: int = config.image_token_index if token_id is None else token_id
@@ -114,7 +117,7 @@ class PromptReader:
             arrays = [read_features(image.file, GRID) for image in images] if features is None else features
             grids = [each[GRID] for each in arrays]
             positions = self.grid_positions(ids, everywhere, torch.cat(grids))
-        return PromptLayout(images, placeholders, runs, positions)
+        return PromptLayout(images, placeholders, runs, self.only_in_windows, positions)
 
     def grid_positions(
         self, ids: NDArray[np.int64], placeholders: NDArray[np.int64], grids: Tensor
@@ -123,6 +126,8 @@ class PromptReader:
         kinds = np.zeros_like(ids)
         kinds[placeholders] = 1
         arguments: dict[str, Any] = {"image_grid_thw": grids}
+        if "attention_mask" in self._names:
+            arguments["attention_mask"] = torch.ones(1, len(ids), dtype=torch.int64)
         if "mm_token_type_ids" in self._names:
             arguments["mm_token_type_ids"] = torch.from_numpy(kinds)[None]
         found, _ = self._rope_index(input_ids=torch.from_numpy(ids)[None], **arguments)
