@@ -4,8 +4,9 @@ transformers makes two things of an image: the arrays that the model's image enc
 it in a prompt, placeholder tokens and all. Both depend on nothing but the image, so that an image is worked on once,
 wherever it stands.
 
-Its image processors come in several kinds, whose results differ a little; the one for Pillow is always used, so that an
-answer does not depend on what else is installed. The parts for videos, which need more libraries, are left out.
+Its image processors come in several kinds, whose results differ a little; the one for Pillow is used wherever there is
+one, so that an answer does not depend on what else is installed. The parts for videos and sounds, which need more
+libraries, are left out.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ LOW_DETAIL_PIXELS = 512
 """Longest side of an image in low detail, as OpenAI has it."""
 _WITHOUT_EXTRAS = {"SmolVLMProcessor": "Idefics3Processor"}
 """Processors that want a library which only videos need, and those that write the same for an image."""
+LEFT_OUT = ("video_processor", "feature_extractor")
+"""Parts of processors that no image goes through."""
 _CLASS_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
@@ -81,7 +84,7 @@ class ImageProcessor:
     """One model's processor."""
 
     def __init__(self, processor: Any, placeholder_id: int) -> None:
-        self.image_token: str = processor.image_token
+        self.image_token: str = getattr(processor, "image_placeholder_token", None) or processor.image_token
         """What chat templates write for an image."""
         self.placeholder_id = placeholder_id
         """The token whose embeddings the encoder's rows replace."""
@@ -122,11 +125,20 @@ class ImageProcessor:
             add_special_tokens=False,
             **options,
         )
-        offsets = found.pop("text_replacement_offsets")
+        offsets = found.pop("text_replacement_offsets", None)
         token_ids = np.asarray(found["input_ids"])[0]
+        text = self._as_text(token_ids.tolist()) if offsets is None else offsets[0][0]["replacement"]
         arrays = {name: np.asarray(value) for name, value in found.items() if name not in self._text_names}
         count = int((token_ids == self.placeholder_id).sum())
-        return ImageFeatures(arrays, offsets[0][0]["replacement"], count, honoured)
+        return ImageFeatures(arrays, text, count, honoured)
+
+    def _as_text(self, token_ids: list[int]) -> str:
+        """What a processor has written that does not tell (Idefics 2's)."""
+        tokenizer = self.processor.tokenizer
+        text: str = tokenizer.decode(token_ids, skip_special_tokens=False)
+        if tokenizer.encode(text, add_special_tokens=False) != token_ids:
+            raise ValueError(f"{type(self.processor).__name__} does not tell what it writes for an image")
+        return text
 
     def _less_closely(self, image: Image.Image) -> tuple[Image.Image, dict[str, Any]]:
         """A smaller image, and the processor told not to cut it into tiles."""
@@ -146,30 +158,52 @@ def _load(path: str, options: dict[str, Any]) -> Any:
     auto_processor: Any = AutoProcessor  # neither is typed
     auto_image_processor: Any = AutoImageProcessor
     try:
+        processor = still_class(_class_name(path, options)).from_pretrained(path, **options)
+    except (AttributeError, ImportError, OSError, TypeError, ValueError):  # its files name none, or one of their own
         processor = auto_processor.from_pretrained(path, **options)
-    except (ImportError, ValueError):
-        processor = _still_class(path, options).from_pretrained(path, **options)
     if not hasattr(processor, "image_processor"):
         raise ProcessorError("it has no image processor")
     processor.image_processor = auto_image_processor.from_pretrained(path, backend="pil", **options)
     return processor
 
 
-def _still_class(path: str, options: dict[str, Any]) -> Any:
-    """The class of the model's processor, without the part for videos."""
-    name = next((found for file in _CLASS_FILES if (found := _processor_class(path, file, options))), None)
-    if name is None:
-        raise ValueError("its files name no processor")
+class LeftOut(dict[str, Any]):
+    """In the place of a part: some processors ask at once how theirs was set, and all write of what they consist."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def still_class(name: str) -> Any:
+    """The processor class of this name, with nothing in the place of its parts for videos and sounds.
+
+    Raises:
+        AttributeError: transformers has no such class.
+    """
     if name == PixtralProcessor.__name__:
         return PixtralProcessor
     if name in _WITHOUT_EXTRAS:
         return getattr(transformers, _WITHOUT_EXTRAS[name])
     real: Any = getattr(transformers, name)
+    shown = [part for part in real.get_attributes() if part not in LEFT_OUT]
+    reader: Any = type(name, (real,), {"get_attributes": classmethod(lambda _: shown)})
 
-    def get_attributes(cls: type) -> list[str]:
-        return [part for part in real.get_attributes() if part != "video_processor"]
+    def read(_: type, *arguments: Any, **named: Any) -> list[Any]:
+        found = dict(zip(shown, reader._get_arguments_from_pretrained(*arguments, **named), strict=True))
+        return [found.get(part, LeftOut()) for part in real.get_attributes()]
 
-    return type(name, (real,), {"get_attributes": classmethod(get_attributes)})
+    def check(self: Any, part: str, value: Any) -> Any:
+        return LeftOut if part in LEFT_OUT else real.check_argument_for_proper_class(self, part, value)
+
+    return type(
+        name, (real,), {"_get_arguments_from_pretrained": classmethod(read), "check_argument_for_proper_class": check}
+    )
+
+
+def _class_name(path: str, options: dict[str, Any]) -> str:
+    """Of the model's processor; empty if its files name none."""
+    return next((found for file in _CLASS_FILES if (found := _processor_class(path, file, options))), "")
 
 
 def _processor_class(path: str, file: str, options: dict[str, Any]) -> str | None:

@@ -120,6 +120,7 @@ class PackedLane:
         self._name = f"lmserve_packed_{id(self):x}"
         AttentionInterface.register(self._name, self._attention)
         self._stock = self._current_implementation()
+        self._per_layer_embedding = self._find_per_layer_embedding()
         self._check_forward()
         self._pass_deep_features()
 
@@ -150,6 +151,11 @@ class PackedLane:
                 yield
         finally:
             self._watcher = None
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether any layer was called with one, so far."""
+        return self._num_windows > 0
 
     @property
     def min_rows(self) -> int:
@@ -264,7 +270,23 @@ class PackedLane:
         if deep:
             mask = torch.zeros(1, len(batch.input_ids), dtype=torch.bool, device=rows.device)
             self._deep = {"visual_pos_masks": mask.index_fill(1, rows, True), "deepstack_visual_embeds": deep}
-        return {"inputs_embeds": embeddings[None]}
+        inputs = {"inputs_embeds": embeddings[None]}
+        if self._per_layer_embedding is not None:
+            padding = self.model.config.get_text_config().pad_token_id or 0
+            as_padding = batch.input_ids.index_fill(0, rows, padding)
+            inputs["per_layer_inputs"] = self._per_layer_embedding(as_padding[None], None)
+        return inputs
+
+    def _find_per_layer_embedding(self) -> Callable[..., Tensor] | None:
+        """Of models that add something of each token to every layer (Gemma 4), and cannot know it from embeddings."""
+        if (
+            "per_layer_inputs" not in self._parameters
+            or not self.model.config.get_text_config().hidden_size_per_layer_input
+        ):
+            return None
+        found: Iterator[Any] = (getattr(each, "get_per_layer_inputs", None) for each in self.model.modules())
+        embedding: Callable[..., Tensor] = next(each for each in found if each is not None)
+        return embedding
 
     def _pass_deep_features(self) -> None:
         """The model's forward makes its deepstack features itself: they are handed to the layers behind its back."""

@@ -34,7 +34,7 @@ from tests.images.tiny_vlms import (
 )
 from tests.runtime.vision.chats import chats
 
-VLMS = ("qwen2.5-vl", "gemma3", "smolvlm")
+VLMS = ("qwen2.5-vl", "gemma3", "gemma4", "smolvlm")
 NUM_NEW = 8
 MAX_IMAGES = 5
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.model_types.processors import write_processor
+from benchmarks.model_types.tiny import build
 from lmserve.images.job import ProcessorError
-from lmserve.images.processor import ImageFeatures, ImageProcessor
+from lmserve.images.processor import LEFT_OUT, ImageFeatures, ImageProcessor, LeftOut
 from tests.images.tiny_vlms import FAMILIES, load_processor, model_inputs, pictures, user, write_tiny_vlm
 
 PICTURES = {name: picture.convert("RGB") for name, picture in pictures().items()}
@@ -73,6 +75,42 @@ def test_low_detail_is_at_most_512_pixels_a_side(folders: dict[str, Path], monke
     ours.process(large, "high")
     assert seen == [(512, 256), (1600, 800)]
     assert large.size == (1600, 800), "the caller's picture stays as it is"
+
+
+def load_made_up(model_type: str, folder: Path) -> ImageProcessor:
+    """That of a type which no folder of the tests has."""
+    model = build("image-text", model_type)
+    model.config.save_pretrained(folder)
+    write_processor(model_type, model, folder)
+    return ImageProcessor.load(str(folder))
+
+
+@pytest.mark.parametrize("model_type", ["minicpmv4_6", "gemma4", "internvl"])
+def test_parts_for_videos_and_sounds_are_left_out(model_type: str, tmp_path: Path) -> None:
+    """However the class takes them: by place, by name, or asking at once how they were set."""
+    ours = load_made_up(model_type, tmp_path)
+    assert ours.process(PICTURES["stripes"]).num_placeholders > 0
+    assert {type(getattr(ours.processor, part)) for part in LEFT_OUT if hasattr(ours.processor, part)} == {LeftOut}
+    repr(ours.processor)
+
+
+def test_a_processor_that_does_not_tell_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = load_made_up("idefics2", tmp_path)
+    features = ours.process(PICTURES["disc"])
+    tokenizer = ours.processor.tokenizer
+    written = tokenizer.encode(features.text, add_special_tokens=False)
+    assert written.count(ours.placeholder_id) == features.num_placeholders == 8
+    assert len(written) == 10, "with what stands around them"
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, **_: "something else")
+    with pytest.raises(ValueError, match="does not tell what it writes for an image"):
+        ours.process(PICTURES["disc"])
+
+
+def test_templates_may_write_something_else_than_the_placeholder(tmp_path: Path) -> None:
+    ours = load_made_up("qianfan_ocr", tmp_path)
+    assert ours.image_token == "<image>"
+    assert ours.processor.image_token != "<image>"
+    assert ours.process(PICTURES["red"]).num_placeholders > 0
 
 
 @pytest.mark.parametrize("gone", ["preprocessor_config.json", "config.json"])

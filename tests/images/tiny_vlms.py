@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
-from lmserve.images.pixtral import PixtralProcessor
+from lmserve.images.processor import still_class
 from tests.images import templates
 from tests.runtime.tiny_models import BASE
 
@@ -127,6 +126,47 @@ def _pixtral(config: str, model: dict[str, Any], merge: int) -> Family:
     )
 
 
+def _gemma4(use_bidirectional_attention: str | None) -> Family:
+    """The smaller ones have an embedding for each layer, in the larger ones an image's tokens see each other where
+    layers have a window."""
+    return Family(
+        config="Gemma4Config",
+        text={
+            **TEXT,
+            "head_dim": 16,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 512,
+            "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}},
+            "num_kv_shared_layers": 2,
+            "use_bidirectional_attention": use_bidirectional_attention,
+        },
+        vision={
+            **TOWER,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "position_embedding_size": 128,
+            "pooling_kernel_size": 3,
+        },
+        processor="Gemma4Processor",
+        image_processor="Gemma4ImageProcessorPil",
+        template=templates.GEMMA4,
+        pictures={"patch_size": 4, "pooling_kernel_size": 3, "max_soft_tokens": 70},
+        named={"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+        | {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"},
+        unnamed=("<|video|>", "<|turn>", "<turn|>"),
+        token_fields={
+            "image_token_id": "<|image|>",
+            "boi_token_id": "<|image>",
+            "eoi_token_id": "<image|>",
+            "video_token_id": "<|video|>",
+            "audio_token_id": "<|audio|>",
+        },
+        arguments={"image_seq_length": 70},
+    )
+
+
 _FAMILIES: Mapping[str, Family] = {
     "qwen2-vl": _qwen(
         "Qwen2VL",
@@ -198,6 +238,8 @@ _FAMILIES: Mapping[str, Family] = {
         model={"mm_tokens_per_image": 9},
         arguments={"image_seq_length": 9},
     ),
+    "gemma4": _gemma4(None),
+    "gemma4-large": _gemma4("vision"),
     "smolvlm": _idefics("SmolVLM"),
     "idefics3": _idefics("Idefics3"),
     "internvl": Family(
@@ -276,19 +318,6 @@ def write_tiny_vlm(folder: Path, family: str, **overrides: Any) -> Path:
     return folder
 
 
-@cache
-def _still(name: str) -> Any:
-    """The processor's class without the part for videos, which is the only one that wants torchvision."""
-    if name == "SmolVLMProcessor":  # wants num2words too, for videos; Idefics3's writes the same text for a picture
-        return transformers.Idefics3Processor
-    real: Any = getattr(transformers, name)
-
-    def get_attributes(_: type) -> list[str]:
-        return [part for part in real.get_attributes() if part != "video_processor"]
-
-    return type(name, (real,), {"get_attributes": classmethod(get_attributes)})
-
-
 def load_processor(folder: Path) -> Any:
     """The folder's processor, complete where its libraries are there, else the one for pictures alone.
 
@@ -299,9 +328,7 @@ def load_processor(folder: Path) -> Any:
         return load(folder)
     except (ImportError, ValueError):
         name = json.loads((folder / "processor_config.json").read_text())["processor_class"]
-        if name == "PixtralProcessor":  # transformers' own cannot be imported; with torchvision a test compares them
-            return PixtralProcessor.from_pretrained(folder)
-        return _still(name).from_pretrained(folder)
+        return still_class(name).from_pretrained(folder)
 
 
 def load_model(folder: Path) -> PreTrainedModel:

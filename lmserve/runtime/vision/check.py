@@ -1,12 +1,16 @@
 """Does the model see images rightly here? Asked once, at load, of the real weights and the model's own processor.
 
 Two pictures in one prompt go through the stock forward and, each encoded alone, through ours in several steps. What an
-image's tokens see is found out by comparing: only what stands before them, or each other, too.
+image's tokens see is found out by comparing: only what stands before them, or each other, too, in all layers or in
+those with a sliding window.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -58,49 +62,79 @@ def check_images(
     """Compares. The lane is attached; blocks from 0 on are overwritten."""
     model = lane.model
     try:
-        sample = _make_sample(processor, model)
-        if len(sample.token_ids) + block_size > num_slots:
+        encoder = ImageEncoder(model)
+        sample = _make_sample(processor, model, num_slots - block_size)
+        if sample is None:
             return ImageCheck("none", reason="the KV cache is too small for two small images")
         with lane.stock_attention():
             stock = model(**sample.stock, use_cache=False).logits[0].float()
-        encoder = ImageEncoder(model)
         encoded = [encoder.encode_features(features) for features in sample.features]
-        readings: dict[ImageReading, PromptReader] = {
-            "causal": PromptReader(model, ImageEncoder(model), whole=False),
-            "whole": PromptReader(model, ImageEncoder(model), whole=True),
-        }
-        errors: dict[ImageReading, float] = {}
-        for reading, reader in readings.items():
+        readers = [PromptReader(model, ImageEncoder(model), whole=whole) for whole in (False, True)]
+        if lane.has_windows:
+            readers.append(PromptReader(model, ImageEncoder(model), whole=True, only_in_windows=True))
+        errors = []
+        for reader in readers:
             ours = _run(lane, reader, sample, encoded, block_size)
-            errors[reading] = ((ours - stock).abs().mean() / stock.std()).item()
+            errors.append(((ours - stock).abs().mean() / stock.std()).item())
     except UnsupportedModel as error:
         return ImageCheck("none", reason=str(error))
     except Exception as error:  # whatever its own code makes of it: text is served all the same
         return ImageCheck("none", reason=f"its way with images is another: {type(error).__name__}: {error}")
     # The nearer one: half precision allows so much that in some models either would pass.
-    best = min(errors, key=errors.__getitem__)
-    if errors[best] <= TOLERANCE[dtype]:
-        return ImageCheck(best, readings[best])
+    least, reader = min(zip(errors, readers, strict=True), key=itemgetter(0))
+    if least <= TOLERANCE[dtype]:
+        return ImageCheck("whole" if reader.whole else "causal", reader)
     return ImageCheck(
         "none",
-        reason=f"its logits with images differ from the stock ones by {errors[best]:.2g} of their spread, "
+        reason=f"its logits with images differ from the stock ones by {least:.2g} of their spread, "
         f"{TOLERANCE[dtype]:.2g} is allowed",
     )
 
 
-def _make_sample(processor: ImageProcessor, model: Any) -> _Sample:
+def _make_sample(processor: ImageProcessor, model: Any, most: int) -> _Sample | None:
+    """Of so many tokens at most; None if that is too few."""
     generator = np.random.default_rng(0)
     pictures = [
         Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)) for width, height in PICTURE_SIZES
     ]
-    token = processor.image_token
-    found: Any = processor.processor(text=[f"One{token} two{token} and so on"], images=pictures, return_tensors="pt")
-    token_ids = found["input_ids"][0].tolist()
+    for text in _sample_texts(processor):
+        stock = stock_inputs(processor, model, text, pictures)
+        token_ids = stock["input_ids"][0].tolist()
+        if len(token_ids) <= most:
+            break
+    else:
+        return None
     alone = [processor.process(picture) for picture in pictures]
-    stock = {name: _move(value, model) for name, value in found.items() if isinstance(value, Tensor)}
     features = [{name: torch.from_numpy(array) for name, array in each.arrays.items()} for each in alone]
     counts = [each.num_placeholders for each in alone]
     return _Sample(token_ids, stock, features, locate_images(token_ids, processor.placeholder_id, counts))
+
+
+def _sample_texts(processor: ImageProcessor) -> Iterator[str]:
+    """First as the chat template has it, for in some models positions depend on what it puts around an image; then, if
+    that is too long, without anything else."""
+    token = processor.image_token
+    parts = [("text", "One"), ("image", ""), ("text", " two"), ("image", ""), ("text", " and so on")]
+    content = [{"type": kind, **({"text": text} if text else {})} for kind, text in parts]
+    render: Any = processor.processor.apply_chat_template
+    try:
+        text = str(render([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False))
+    except Exception:  # it has none, or one that takes messages of another kind
+        text = ""
+    if text.count(token) == len(PICTURE_SIZES):
+        yield text
+    yield f"One{token} two{token} and so on"
+
+
+def stock_inputs(
+    processor: ImageProcessor, model: Any, text: str, pictures: Sequence[Image.Image]
+) -> dict[str, Tensor]:
+    """What the model's own forward and ``generate`` take for a text with placeholders and its pictures."""
+    options: dict[str, Any] = {"return_tensors": "pt"}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        options["return_mm_token_type_ids"] = True  # chat templates ask for them, and some forwards do without
+    found: Any = processor.processor(text=[text], images=list(pictures) or None, **options)
+    return {name: _move(value, model) for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _move(tensor: Tensor, model: Any) -> Tensor:
@@ -133,7 +167,7 @@ def _run(
             torch.from_numpy(positions).to(device),
             torch.from_numpy(where).to(device),
             torch.arange(end - start, device=device),
-            [Span(0, end - start, end, table, layout.runs)],
+            [Span(0, end - start, end, table, layout.runs, layout.only_in_windows)],
             rows if rows.rows else None,
             slots=[0],
             saves=[()],

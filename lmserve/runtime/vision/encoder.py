@@ -43,7 +43,7 @@ class ImageEncoder:
         self.num_encoded = 0
         """Images that went through the encoder since the start."""
         self._model = model
-        self._names = frozenset(inspect.signature(model.get_image_features).parameters)
+        self._get_features, self._names = _find(model)
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._encoded: OrderedDict[str, EncodedImage] = OrderedDict()
@@ -64,7 +64,7 @@ class ImageEncoder:
     def encode_features(self, features: dict[str, Tensor]) -> EncodedImage:
         """Of one image: arrays by the names of the encoder's parameters; other names are not for it."""
         arguments = {name: self._prepare(tensor) for name, tensor in features.items() if name in self._names}
-        output = self._model.get_image_features(**arguments)
+        output = self._get_features(**arguments)
         self.num_encoded += 1
         rows = getattr(output, "pooler_output", output)
         deep = getattr(output, "deepstack_features", None) or ()
@@ -79,6 +79,26 @@ class ImageEncoder:
         if isinstance(rows, Tensor):
             return rows.reshape(-1, rows.shape[-1]).to(self._model.dtype)
         return torch.cat([self._flat(each) for each in rows])
+
+
+def _find(model: Any) -> tuple[Any, frozenset[str]]:
+    """The model's function from an image's arrays to its rows, and the names that it takes: of its own parameters, and
+    of those of the model within to which it hands on what it does not name.
+
+    Raises:
+        AttributeError: it has none.
+    """
+    models: tuple[Any, ...] = (model, getattr(model, "model", None))
+    found = [each.get_image_features for each in models if hasattr(each, "get_image_features")]
+    if not found:
+        raise AttributeError(f"{type(model).__name__} has no get_image_features")
+    names = set[str]()
+    for function in found:
+        parameters = inspect.signature(function).parameters
+        names |= parameters.keys()
+        if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+            break
+    return found[0], frozenset(names)
 
 
 def read_features(file: str, *names: str) -> dict[str, Tensor]:

@@ -37,6 +37,9 @@ MAX_LEN = 640
 BLOCK_SIZE = 4
 MAX_SEQS = 12
 
+ALL_SEE = ("gemma3", "gemma4-large")
+"""Families in which the tokens of an image see each other."""
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -99,8 +102,11 @@ class Family:
     def _token_bytes(self) -> int:
         config: Any = self.model.config
         text = config.get_text_config()
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return int(2 * text.num_key_value_heads * size * text.num_hidden_layers * 4)
+        said = text.to_dict()
+        size = said.get("head_dim") or text.hidden_size // text.num_attention_heads
+        by_layer = {int(i): layer for i, layer in (said.get("per_layer_config") or {}).items()}
+        sizes = [by_layer.get(i, {}).get("head_dim", size) for i in range(text.num_hidden_layers)]
+        return int(2 * text.num_key_value_heads * 4 * sum(sizes))
 
 
 def chats() -> dict[str, list[dict[str, Any]]]:

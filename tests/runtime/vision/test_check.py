@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration, Qwen3VLForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from lmserve.config import ModelConfig
 from lmserve.engine.core import EngineCore
@@ -18,15 +18,13 @@ from lmserve.images.processor import ImageFeatures, ImageProcessor
 from lmserve.runtime.build import assemble_runner
 from lmserve.runtime.packed_lane import PackedLane
 from lmserve.runtime.self_check import TOLERANCE
+from lmserve.runtime.vision.check import stock_inputs
 from lmserve.runtime.vision.encoder import EncodedImage, ImageEncoder
 from lmserve.runtime.vision.layout import PromptLayout, PromptReader
 from tests.images.tiny_vlms import FAMILIES
 from tests.runtime.tiny_models import build_tiny
-from tests.runtime.vision.chats import Case, Family, run
+from tests.runtime.vision.chats import ALL_SEE, Case, Family, run
 from tests.runtime.vision.conftest import Families
-
-ALL_SEE = ("gemma3",)
-"""Families in which the tokens of an image see each other."""
 
 
 def assert_refuses_images_and_serves_text(engine: EngineCore, cases: dict[str, Case], *reasons: str) -> None:
@@ -52,6 +50,24 @@ def test_of_two_readings_that_would_pass_the_nearer_one_is_taken(
     family, _ = families(name)
     monkeypatch.setitem(TOLERANCE, torch.float32, 1.0)
     assert family.engine()._runner.info.images == ("whole" if name in ALL_SEE else "causal")
+
+
+def test_the_comparison_is_of_a_chat(families: Families, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In some models positions depend on what the template puts around an image (Qwen3-Omni)."""
+    texts: list[str] = []
+
+    def seen(processor: ImageProcessor, model: Any, text: str, pictures: Any) -> Any:
+        texts.append(text)
+        return stock_inputs(processor, model, text, pictures)
+
+    monkeypatch.setattr("lmserve.runtime.vision.check.stock_inputs", seen)
+    family, _ = families("qwen3-vl")
+    assert family.engine()._runner.info.images == "causal"
+    [text] = texts
+    assert text.startswith("<|im_start|>user\nOne<|vision_start|><|image_pad|><|vision_end|> two<|vision_start|>")
+    texts.clear()
+    family.engine(kv_tokens=64)
+    assert texts[1:] == ["One<|image_pad|> two<|image_pad|> and so on"], "a chat is too long"
 
 
 def scaled(factor: float) -> Callable[[EncodedImage], EncodedImage]:
@@ -142,6 +158,8 @@ def test_a_model_whose_encoder_fails(families: Families, monkeypatch: pytest.Mon
 def test_a_model_without_an_encoder_of_its_own(families: Families, monkeypatch: pytest.MonkeyPatch) -> None:
     family, cases = families("qwen3-vl")
     monkeypatch.delattr(Qwen3VLForConditionalGeneration, "get_image_features")
+    assert family.engine()._runner.info.images == "causal", "the model within has one (Janus)"
+    monkeypatch.delattr(Qwen3VLModel, "get_image_features")
     assert_refuses_images_and_serves_text(family.engine(), cases, "its way with images is another: AttributeError")
 
 

@@ -42,6 +42,29 @@ class DeepEyes(Eyes):
         return found
 
 
+class Within:
+    """A model with one that only the model within has (Janus)."""
+
+    dtype, device = Eyes.dtype, Eyes.device
+
+    def __init__(self) -> None:
+        self.model = Eyes()
+
+
+class Handing(Within):
+    """One that hands on what it does not name (Video-LLaMA 3)."""
+
+    def get_image_features(self, pixel_values: Tensor, **rest: Any) -> Any:
+        return self.model.get_image_features(pixel_values, **rest)
+
+
+class Full(Handing):
+    """One that names all that it takes: nothing is for the one within."""
+
+    def get_image_features(self, pixel_values: Tensor) -> Any:  # type: ignore[override]
+        return self.model.get_image_features(pixel_values)
+
+
 class Album:
     """Images by name, with as many rows as asked for."""
 
@@ -165,3 +188,15 @@ def test_only_the_arrays_that_are_asked_for_are_read(album: Album) -> None:
     [(name, found)] = read_features(file, "image_grid_thw").items()
     assert name == "image_grid_thw"
     assert torch.equal(found, grid)
+
+
+@pytest.mark.parametrize(("eyes", "is_asked"), [(Within(), True), (Handing(), True), (Full(), False)])
+def test_what_the_outer_model_does_not_name_is_for_the_one_within(eyes: Within, is_asked: bool) -> None:
+    features = {name: torch.ones(1) for name in ("pixel_values", "image_sizes", "other")}
+    ImageEncoder(eyes).encode_features(features)
+    assert (eyes.model.sizes is not None) == is_asked
+
+
+def test_a_model_without_an_encoder_is_refused() -> None:
+    with pytest.raises(AttributeError, match="object has no get_image_features"):
+        ImageEncoder(object())

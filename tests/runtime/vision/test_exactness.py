@@ -13,7 +13,7 @@ from lmserve.engine.messages import AddRequest
 from lmserve.outputs import FinishReason
 from lmserve.runtime.interface import StepInput
 from tests.images.tiny_vlms import FAMILIES, assistant, pictures, user
-from tests.runtime.vision.chats import BLOCK_SIZE, Case, greedy, run
+from tests.runtime.vision.chats import ALL_SEE, BLOCK_SIZE, Case, greedy, run
 from tests.runtime.vision.conftest import Families
 
 
@@ -174,6 +174,6 @@ def test_every_backend(name: str, backend: str, families: Families) -> None:
 def test_in_half_precision_images_are_still_seen_rightly(name: str, families: Families) -> None:
     family, cases = families(name)
     engine = family.engine(dtype="bfloat16")
-    assert engine._runner.info.images == ("whole" if name == "gemma3" else "causal")
+    assert engine._runner.info.images == ("whole" if name in ALL_SEE else "causal")
     alone = [run(engine, [case])[0] for case in cases.values()]
     assert [len(answer) for answer in alone] == [len(case.answer) for case in cases.values()]
