@@ -15,6 +15,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from lmserve.errors import LMServeError
 from lmserve.gguf_header import GGUFError, GGUFHeader, TensorInfo, read_gguf_header
+from lmserve.image_parts import has_image_part
 from lmserve.models.weight_files import (
     BadWeights,
     count_parameters,
@@ -148,9 +149,9 @@ def _kind(folder: Path, config: dict[str, Any], text_config: dict[str, Any], arc
     name = architecture or _text(config.get("model_type"))
     if not name:
         raise NotAModel(f"{folder.name}: config.json names neither an architecture nor a model type")
-    sees = isinstance(config.get("vision_config"), dict)
-    generates = architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    conditional = architecture.endswith("ForConditionalGeneration")
+    sees = has_image_part(config)
+    generates = architecture.endswith(("ForCausalLM", "LMHeadModel", "GenerationDecoder"))
+    conditional = architecture.endswith(("ForConditionalGeneration", "_Reasoning_V3"))  # that is Nemotron Omni's
     encodes_and_decodes = config.get("is_encoder_decoder") is True or text_config.get("is_encoder_decoder") is True
     if encodes_and_decodes or (conditional and not sees and "audio_config" not in config):
         raise NotAModel(f"{name}: encoder-decoder models are not served")

@@ -20,7 +20,8 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_CLASSES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_CLASSES
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import EmptyTqdm
@@ -28,6 +29,7 @@ from transformers.utils.logging import EmptyTqdm
 from lmserve import __version__
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
+from lmserve.image_parts import IMAGE_PARTS
 from lmserve.runtime.checkpoint_formats import check_parts, checkpoint_quantization
 from lmserve.runtime.gguf.config import check_all_read, gguf_config
 from lmserve.runtime.gguf.model import load_gguf
@@ -106,13 +108,20 @@ def read_model_config(config: ModelConfig, subfolder: str = "") -> ModelSource:
 
 def reads_images(model_config: Any) -> bool:
     """Whether the architecture has an image encoder beside its language model."""
-    known = model_config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return known and getattr(model_config, "vision_config", None) is not None
+    known = model_config.model_type in IMAGE_TEXT_CLASSES
+    return known and any(getattr(model_config, part, None) is not None for part in IMAGE_PARTS)
 
 
 def generating_class(model_config: Any) -> Any:
-    """Which of transformers' classes of an architecture answers chats."""
-    return AutoModelForImageTextToText if reads_images(model_config) else AutoModelForCausalLM
+    """Which of transformers' classes of an architecture answers chats: the one that its files name, where there are
+    several, and one that no table of transformers has, if they name one (Emu 3's language model)."""
+    kind, named = model_config.model_type, next(iter(model_config.architectures or ()), "")
+    sees, continues = (names.get(kind) for names in (IMAGE_TEXT_CLASSES, CAUSAL_CLASSES))
+    if not sees and not continues and named.endswith("ForCausalLM"):
+        return getattr(transformers, named, AutoModelForCausalLM)
+    if sees and continues:
+        return AutoModelForImageTextToText if named == sees or reads_images(model_config) else AutoModelForCausalLM
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def load_model(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
+from lmserve.image_parts import IMAGE_PARTS
 from lmserve.runtime.checkpoint_formats import checkpoint_quantization, is_widened
 from lmserve.runtime.interface import MemoryPlan
 from lmserve.runtime.kv_cache import LayerShape, block_bytes
@@ -165,7 +167,8 @@ def image_bytes(model_config: Any, dtype: torch.dtype) -> int:
     """What encoding a large image takes, and the images that are kept encoded. Not measured on a real model yet."""
     if not reads_images(model_config):
         return 0
-    return LARGE_IMAGE_PATCHES * layer_row_bytes(model_config.vision_config, dtype) + CACHE_BYTES
+    part = next(found for name in IMAGE_PARTS if (found := getattr(model_config, name, None)) is not None)
+    return LARGE_IMAGE_PATCHES * layer_row_bytes(part, dtype) + CACHE_BYTES
 
 
 def layer_row_bytes(text_config: Any, dtype: torch.dtype) -> int:
@@ -190,9 +193,11 @@ def hollow_model(model_config: Any, auto_class: Any, trust_remote_code: bool) ->
     """Without memory. In bfloat16, whatever it will run in: torch's grouped products without data know no other."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class.from_config(
-                model_config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
-            )
+            if hasattr(auto_class, "from_config"):
+                auto_class = partial(auto_class.from_config, trust_remote_code=trust_remote_code)
+            else:
+                auto_class = auto_class._from_config  # a class that is named, and no table of classes
+            model: PreTrainedModel = auto_class(model_config, dtype=torch.bfloat16)
     except (ValueError, ImportError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelLoadFailed(f"{type(model_config).__name__}: {error}") from error
     model.train(False)

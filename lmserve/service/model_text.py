@@ -12,6 +12,7 @@ from typing import Any
 from lmserve.errors import InvalidRequest
 from lmserve.gguf_tokenizer import load_gguf_tokenizer
 from lmserve.grammar.tokenizer_text import TokenizerText, looks_like_control
+from lmserve.image_parts import has_image_part
 from lmserve.sampling_params import SamplingParams
 from lmserve.service.detokenizer import ByteDetokenizer, IncrementalDetokenizer, PrefixDetokenizer
 from lmserve.service.token_table import TokenTable, build_token_table
@@ -115,7 +116,7 @@ class ModelText:
         transformer = _read_json(path, f"{folder}/sentence_bert_config.json".lstrip("/"), options["revision"])
         if transformer.get("do_lower_case"):
             lower_case(tokenizer)
-        reads_images = isinstance(model.get("vision_config"), dict)
+        reads_images = has_image_part(model)
         if reads_images and not tokenizer.chat_template:  # where processors kept it before they shared a file
             tokenizer.chat_template = _read_json(path, "chat_template.json", options["revision"]).get("chat_template")
         return cls(

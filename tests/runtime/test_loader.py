@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.model_types.tiny import Kind, build
 from lmserve.config import ModelConfig
 from lmserve.errors import ModelLoadFailed
 from lmserve.runtime.loader import (
@@ -14,10 +15,12 @@ from lmserve.runtime.loader import (
     choose_dtype,
     dtype_of,
     fingerprint,
+    generating_class,
     load_model,
     native_context_length,
     read_model_config,
 )
+from lmserve.runtime.memory_plan import hollow_model
 from tests.runtime.tiny_models import build_tiny, in_dtype
 
 CPU = torch.device("cpu")
@@ -32,6 +35,26 @@ def folder(tmp_path: Path) -> Path:
 
 def config(model: Path | str, **overrides: str) -> ModelConfig:
     return ModelConfig(model=str(model), model_id="tiny", device="cpu", **overrides)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type"),
+    [
+        ("causal", "llama"),
+        ("image-text", "llava"),
+        ("image-text", "chameleon"),  # makes tokens of pictures; only the other table has it
+        ("image-text", "emu3"),  # both tables have it, with another class each
+        ("causal", "emu3"),  # its language model, which neither has
+        ("causal", "mllama"),
+        ("image-text", "mistral4"),  # has no image encoder, and only the other table has it
+        ("causal", "gemma3"),
+    ],
+)
+def test_the_class_is_the_one_that_the_files_name(kind: Kind, model_type: str, tmp_path: Path) -> None:
+    made = build(kind, model_type)
+    made.save_pretrained(tmp_path)
+    assert type(hollow_model(made.config, generating_class(made.config), trust_remote_code=False)) is type(made)
+    assert type(load_model(config(tmp_path, dtype="float32"))[0]) is type(made)
 
 
 def test_loads_a_folder_for_inference(folder: Path) -> None:
