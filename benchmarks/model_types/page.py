@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.model_types.patches import EMBEDDED_NOTES, IMAGES_TESTED
+from benchmarks.model_types.patches import EMBEDDED_NOTES
 
 HEADINGS = {"causal": "Text", "image-text": "Images and text", "encoder": "Embeddings"}
 INTRODUCTION = """\
@@ -30,9 +30,11 @@ load says so with the figures. Lanes, the fastest first:
 | serial | each sequence by itself, with the model's own cache |
 
 What a load compares on the real weights decides, not this page. Images are read in the packed lane and in the state
-lane, where prompts need not be whole. They were not tried here: *tested* are those of families that the tests hold to
-`generate` with pictures and processors (`docs/images.md`); others are *compared at load*, and a model for which the
-comparison fails serves text.
+lane, where prompts need not be whole. *Exact* in the column of images: prompts with pictures, several at once, in
+chunks and preempted, get the tokens of `model.generate`, with transformers' own processor of the type, settings
+shrunk and the vocabulary made up. *Text only*: the comparison at load fails, and a request with an image is a 400.
+*Not tried*: no tiny model with its processor could be made, or it fails by itself; at load it is compared like all
+others. Some image processors need torchvision; they were tried with it.
 """
 EMBEDDINGS = """\
 The model's folder goes the road of a load with `--task embed`, and up to ten texts of 1 to 512 tokens are dealt out to
@@ -85,10 +87,22 @@ def _summary(kind: str, records: list[dict[str, Any]]) -> str:
             f"vectors of {len(right)} types as they are."
         )
     share = 100 * outcomes["exact"] / max(1, len(right))
-    return (
+    return _read_images(records) + (
         f"Of {len(records)} types {len(right)} agree with themselves in transformers (cached and uncached). Of these "
         f"{outcomes['exact']} are served exactly ({share:.1f} %: {told}),{failed} {outcomes['refused']} refused, "
         f"{outcomes['wrong']} wrong."
+    )
+
+
+def _read_images(records: list[dict[str, Any]]) -> str:
+    """A sentence on those that were tried with pictures; nothing if none was."""
+    found = Counter(record["images"] for record in records if record.get("images"))
+    if not found:
+        return ""
+    failed = f" {found['fails']} fail," if found["fails"] else ""
+    return (
+        f"With pictures {found['exact']} types are exact, {found['none']} more in these lanes serve text only,{failed} "
+        f"{found['not tried']} could not be tried, {found['wrong']} wrong.\n\n"
     )
 
 
@@ -103,6 +117,9 @@ def _cells(record: dict[str, Any]) -> list[str]:
         reason = "; ".join(filter(None, [EMBEDDED_NOTES.get(record["model_type"]), record["served_reason"]]))
     elif outcome == "right" and served == "exact" and record["lane"] == "packed":
         reason = ""
+    if kind == "image-text":
+        told = record["images_reason"]
+        reason = "; ".join(filter(None, [reason, f"images: {told}" if told else ""]))
     images = [_images(record)] if kind == "image-text" else []
     return [record["model_type"], state, *images, reason]
 
@@ -110,9 +127,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
 def _images(record: dict[str, Any]) -> str:
     if record.get("served") != "exact":
         return ""
-    if record["lane"] not in ("packed", "state"):
-        return "none"
-    return "tested" if record["model_type"] in IMAGES_TESTED else "compared at load"
+    return "text only" if record["images"] in ("", "none") else str(record["images"])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -29,7 +29,21 @@ _SHARED_KEYS = {
     "num_kv_shared_layers": 2,
 }
 
+_PINPOINTS = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
+
 PATCHES: dict[str, dict[str, Any]] = {
+    "aria": {
+        "projector_patch_to_query_dict": {49: 4},
+        "vision_config": {
+            "model_type": "idefics3_vision",
+            "image_size": 980,
+            "patch_size": 140,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+    },
     "bamba": {"attn_layer_indices": [1, 3]},
     "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6}},
     "cohere_compass_text": {"layer_types": _HALF_SLIDING, "rope_parameters": _ROPE_FOR_EACH},
@@ -61,22 +75,35 @@ PATCHES: dict[str, dict[str, Any]] = {
     "esmc": {"vocab_size": 160},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
     "funnel": {"block_sizes": [2, 2], "block_repeats": [1, 1], "num_decoder_layers": 2},
+    "gemma4_unified_vision": {"mm_embed_dim": 64, "output_proj_dims": 64},
+    "gemma3": {"mm_tokens_per_image": 4},  # fewer than the window, as in all that are published
     "gemma4_text": _SHARED_KEYS,
     "gpt_neo": {
         "attention_types": [[["global", "local"], 2]],
         "window_size": 8,
     },
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
+    "got_ocr2_vision": {"image_size": 512},  # whose processor always writes 256 tokens
+    "granite4_vision": {
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1],
+        "downsample_rate": "1/2",
+        **_PINPOINTS,
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hrm_text": {"num_hidden_layers": 16, "num_layers_per_stack": 2},  # 2 x 2 high cycles x (1 + 3 low ones)
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "hunyuan_vl_text": {"head_dim": 16},
     "inkling_vision": {"patch_size": 8, "n_layers": 2},
+    "internvl": {"image_seq_length": 4},
+    "internvl_vision": {"image_size": [32, 32], "patch_size": [8, 8]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "laguna": {"layer_types": _HALF_SLIDING},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llava_next": _PINPOINTS,
+    "llava_next_video": _PINPOINTS,
+    "llava_onevision": _PINPOINTS,
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "mellum": {"layer_types": _HALF_SLIDING},
     "minimax_m3_vl_text": {
@@ -86,11 +113,16 @@ PATCHES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16, "layer_types": _HALF_SLIDING},
     "mistral4": {"qk_nope_head_dim": 8},  # half of a head is rotated
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "molmo2_vit": {"image_size": [32, 32], "num_position_embeddings": 16},
+    "muse_glimmer": {"out_hidden_size": 256},  # of four patches side by side
+    "muse_spark": {"out_hidden_size": 256},
     "muse_spark_audio": {"hidden_sizes": [16, 16, 32, 64], "depths": [1, 1, 1, 1]},
     "nemotron": {"num_key_value_heads": 2},
     "paddleocr_vl_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
     },
+    "qianfan_ocr": {"image_seq_length": 4},
+    "qianfan_ocr_vision": {"image_size": [32, 32], "patch_size": [8, 8]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 20},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 20},  # it reads it, and its configuration has no default
     "qwen4_exp_text": {
@@ -110,6 +142,7 @@ PATCHES: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [16, 48],
     },
     "step3p5": {"sliding_window": 8, "layer_types": _HALF_SLIDING},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "xlm": {"causal": True},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 16},  # its widths are multiples of 64
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
@@ -138,7 +171,10 @@ PATCHES: dict[str, dict[str, Any]] = {
 }
 """Arguments that overrule the shrunken ones."""
 
-STARTS: dict[str, dict[str, Any]] = {}
+STARTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("gemma4", "gemma4_unified"), {"vision_config": {}}),
+    **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni"), {"image_token_id": 9}),
+}
 """Arguments without which a type has no default configuration to begin with."""
 
 _DRAFTS = "drafts for another model, whose hidden states and keys it needs"
@@ -151,6 +187,7 @@ NOT_BUILT: dict[tuple[str, str], str] = {
     ("image-text", "diffusion_gemma"): "fills blocks of text by diffusion, not one token after the other",
     ("image-text", "evolla"): "reads proteins, and transformers' class for images and text does not take it",
     ("image-text", "florence2"): "an encoder-decoder",
+    ("image-text", "shieldgemma2"): "judges images with a head of its own, and continues no text",
     ("encoder", "mra"): "its attention is a CUDA kernel; without it, it is zero",
     ("encoder", "perceiver"): "reads what a preprocessor has embedded, not tokens",
 }
@@ -187,8 +224,3 @@ EMBEDDED_NOTES: dict[str, str] = {
     "transformers' class attends so to longer ones, too",
 }
 """What more is to be known of an embedding type."""
-
-IMAGES_TESTED = frozenset(
-    ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava", "gemma3", "smolvlm", "idefics3", "internvl", "mistral3"]
-)
-"""Types of ``tests.images.tiny_vlms``' families."""

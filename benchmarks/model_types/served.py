@@ -7,6 +7,7 @@ A model that the server refuses at its load is not served wrongly either.
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.model_types.baseline import TIE, forward
 from benchmarks.model_types.sizes import SPECIAL_TOKENS, VOCABULARY
@@ -22,7 +24,7 @@ from lmserve.config import ModelConfig
 from lmserve.engine.core import EngineCore, limits_of
 from lmserve.engine.messages import AddRequest, Cancel
 from lmserve.errors import ModelLoadFailed
-from lmserve.runtime.build import assemble_runner
+from lmserve.runtime.build import build_runner
 from lmserve.runtime.model_runner import PackedModelRunner
 from lmserve.sampling_params import SamplingParams
 
@@ -35,8 +37,9 @@ BUDGET = 12
 """Tokens of a step: prompts are read in chunks."""
 CANCELLED = 1
 CONFIG = ModelConfig(
-    model="./tiny",  # a folder that is not there: nobody asks the hub for a processor
+    model="",
     device="cpu",
+    dtype="float32",
     attention_backend="cpu",  # no native program: it is compared with torch's own forward at every load
     kv_cache_memory=64 * 2**20,
     max_model_len=64,
@@ -56,21 +59,24 @@ class Served:
     """Why it is refused, or what is wrong; of an exact one, why it has no faster lane."""
 
 
-def serve(model: PreTrainedModel, again: PreTrainedModel) -> Served:
-    """``again``: the same model, which the server makes its own."""
-    with torch.no_grad(), warnings.catch_warnings():
+def serve(model: PreTrainedModel) -> Served:
+    """The model goes into a folder and the whole road of a load; it itself is what ours is compared with."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        progress: Any = transformers_logging
+        progress.disable_progress_bar()
         prompts = make_prompts()
         expected = [_continue(model, prompt) for prompt in prompts]
+        model.save_pretrained(folder)
         try:
-            runner = assemble_runner(again, CONFIG, torch.float32)
+            runner = build_runner(replace(CONFIG, model=folder))
         except ModelLoadFailed as error:
-            return Served("refused", "", str(error))
+            return Served("refused", "", str(error).replace(folder, "its folder"))
         info = runner.info
         for num_blocks in (info.num_blocks, FEW_BLOCKS):
             runner.info = replace(info, num_blocks=num_blocks)
             try:
-                got = _run(runner, prompts)
+                got = run(runner, [_request(i, prompt) for i, prompt in enumerate(prompts)], CANCELLED)
             except Exception as error:
                 return Served("fails", info.lane, f"{type(error).__name__}: {error}")
             for i, (tokens, right) in enumerate(zip(got, expected, strict=True)):
@@ -106,21 +112,29 @@ def _generate(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
     return [int(token) for token in made[0, len(prompt) :]]
 
 
-def _run(runner: PackedModelRunner, prompts: Sequence[list[int]]) -> list[list[int]]:
+def _request(number: int, prompt: list[int]) -> AddRequest:
+    return AddRequest(str(number), prompt, SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True))
+
+
+def run(runner: PackedModelRunner, requests: Sequence[AddRequest], cancelled: int | None = None) -> list[list[int]]:
+    """The engine's tokens of each, all at once; one is cancelled half way. Their names are their places.
+
+    Raises:
+        RuntimeError: what the engine says of one that it refuses or that fails.
+    """
     engine = EngineCore(runner, limits_of(runner.info))
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-    for i, prompt in enumerate(prompts):
-        refused = engine.add_request(AddRequest(str(i), prompt, sampling))
+    for request in requests:
+        refused = engine.add_request(request)
         if refused:
             raise RuntimeError(refused[0].error)
-    got: list[list[int]] = [[] for _ in prompts]
+    got: list[list[int]] = [[] for _ in requests]
     while engine.has_work:
         for output in engine.step():
             if output.error:
                 raise RuntimeError(output.error)
             got[int(output.request_id)] += output.token_ids
-        if len(got[CANCELLED]) == NEW_TOKENS // 2:
-            engine.cancel(Cancel(str(CANCELLED)))
+        if cancelled is not None and len(got[cancelled]) == NEW_TOKENS // 2:
+            engine.cancel(Cancel(str(cancelled)))
         engine.check_integrity()
     return got
 

@@ -28,6 +28,7 @@ from benchmarks.model_types.baseline import check, layer_kinds
 from benchmarks.model_types.embedded import embed
 from benchmarks.model_types.page import render
 from benchmarks.model_types.patches import WHY
+from benchmarks.model_types.pictured import picture
 from benchmarks.model_types.served import serve
 from benchmarks.model_types.tiny import KINDS, CannotBuild, Kind, build, model_types
 
@@ -57,6 +58,9 @@ class Record:
     """As ``served.Served``."""
     lane: str = ""
     served_reason: str = ""
+    images: str = ""
+    """As ``pictured.Pictured``; empty for types that read none."""
+    images_reason: str = ""
 
 
 @dataclass(slots=True)
@@ -94,7 +98,9 @@ def examine(kind: Kind, model_type: str) -> Record:
     if kind == "encoder":
         return replace(record, **asdict(embed(build(kind, model_type))))
     if record.outcome in ("right", "wrong"):
-        record = replace(record, **asdict(serve(build(kind, model_type), build(kind, model_type))))
+        record = replace(record, **asdict(serve(build(kind, model_type))))
+    if kind == "image-text" and record.served == "exact" and record.lane in ("packed", "state"):
+        record = replace(record, **asdict(picture(model_type, build(kind, model_type))))
     return record
 
 

@@ -85,7 +85,7 @@ def build(kind: Kind, model_type: str) -> PreTrainedModel:
         with _telling_what_is_unset():
             model = _make(kind, config)
     except ImportError as error:
-        raise CannotBuild(f"needs a package that is not installed: {_package(error)}") from error
+        raise CannotBuild(f"needs a package that is not installed: {package(error)}") from error
     _fill(model)
     model.train(False)
     return model
@@ -131,6 +131,7 @@ def _fill(model: PreTrainedModel) -> None:
             parameter.add_(torch.empty_like(parameter).normal_(0.0, SPREAD, generator=draw))
 
 
-def _package(error: ImportError) -> str:
+def package(error: ImportError) -> str:
+    """What is missing, as transformers says it."""
     found = re.search(r"requires the ([\w.-]+) library", str(error))
     return found[1] if found else str(error).strip().split("\n")[0][:160]
