@@ -279,10 +279,9 @@ class PackedLane:
 
     def _find_per_layer_embedding(self) -> Callable[..., Tensor] | None:
         """Of models that add something of each token to every layer (Gemma 4), and cannot know it from embeddings."""
-        if (
-            "per_layer_inputs" not in self._parameters
-            or not self.model.config.get_text_config().hidden_size_per_layer_input
-        ):
+        if "per_layer_inputs" not in self._parameters:
+            return None
+        if not getattr(self.model.config.get_text_config(), "hidden_size_per_layer_input", 0):
             return None
         found: Iterator[Any] = (getattr(each, "get_per_layer_inputs", None) for each in self.model.modules())
         embedding: Callable[..., Tensor] = next(each for each in found if each is not None)
