@@ -24,10 +24,10 @@ BACKENDS_HERE = [name for name in INSTALLED if backend_class(name, "cpu").runs_o
 
 # (tokens in the cache already, new tokens): decodes of several lengths, whole prompts, chunks behind a prefix
 MIXED = ((0, 7), (11, 1), (3, 1), (64, 1), (70, 1), (16, 5), (0, 1), (9, 2))
-# the same, and where each has images: within a step, at its end, cached up to the middle, to the last token, before and
-# behind the step, and none
-WITH_IMAGES = ((0, 20), (6, 10), (9, 1), (3, 15), (70, 4), (11, 1), (0, 7))
-IMAGES = (((3, 9), (12, 20)), ((2, 11),), ((4, 10),), ((0, 8), (9, 12), (20, 30)), ((60, 72),), ((2, 8),), ())
+# the same, and where each has images: within a step, at its end, none, cached up to the last token (beside the decode
+# before it, which reads as many blocks where there is a window), to the middle, before and behind the step
+WITH_IMAGES = ((0, 20), (6, 10), (8, 1), (9, 1), (3, 15), (70, 4), (11, 1), (0, 7))
+IMAGES = (((3, 9), (12, 20)), ((2, 11),), (), ((3, 10),), ((0, 8), (9, 12), (20, 30)), ((60, 72),), ((2, 8),), ())
 SCALING = 0.3
 
 
