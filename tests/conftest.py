@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from lmserve.models.starter import ensure_starter
+from tests.processes import still_running
 from tests.tiny_folder import write_tiny_folder
 
 SESSION = "TEST_SESSION"
@@ -26,7 +27,7 @@ def _no_process_outlives_the_tests() -> Iterator[None]:
     mark = os.environ[SESSION] = uuid.uuid4().hex
     yield
     left = [process for process in psutil.process_iter() if process.pid != os.getpid() and _is_marked(process, mark)]
-    _, alive = psutil.wait_procs(left, timeout=15)
+    alive = still_running(left, 15.0)
     assert not alive, [process.cmdline() for process in alive]
 
 

@@ -16,6 +16,7 @@ import psutil
 from openai import OpenAI
 
 from lmserve.cli.bench.process import free_port
+from tests.processes import still_running
 
 START_SECONDS = 120.0
 
@@ -98,5 +99,5 @@ def start(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    _, alive = psutil.wait_procs(workers, timeout=10)
+    alive = still_running(workers)
     assert not alive, f"workers outlived the server: {alive}"

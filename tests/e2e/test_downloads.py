@@ -14,6 +14,7 @@ from tests.api.running_server import wait_until
 from tests.e2e.serving import Server, start
 from tests.hub_stand_in import HubStandIn, hub_stand_in
 from tests.models.downloading import processes_of_downloads
+from tests.processes import still_running
 
 REPO = "someone/tiny"
 
@@ -63,5 +64,4 @@ def test_a_signal_ends_a_download_with_the_server(server: Server, tmp_path: Path
 def test_no_download_survives_a_killed_server(server: Server) -> None:
     process = begin_download(server)
     server.process.kill()
-    _, alive = psutil.wait_procs([process], timeout=10)
-    assert not alive
+    assert not still_running([process])

@@ -32,6 +32,7 @@ from tests.images.tiny_vlms import (
     user,
     write_tiny_vlm,
 )
+from tests.processes import still_running
 from tests.runtime.vision.chats import chats
 
 VLMS = ("qwen2.5-vl", "gemma3", "gemma4", "smolvlm")
@@ -302,5 +303,4 @@ def test_nothing_is_left_of_a_server_that_is_killed(tmp_path: Path, folders: dic
         processes = server.workers()
         assert side_processes(server)
         os.kill(server.process.pid, signal.SIGKILL)
-        _, alive = psutil.wait_procs(processes, timeout=10)
-        assert not alive
+        assert not still_running(processes)

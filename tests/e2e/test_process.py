@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from tests.e2e.serving import Server, start
+from tests.processes import still_running
 
 IDLE_SECONDS = 5.0
 IDLE_SHARE = 0.02
@@ -136,8 +137,7 @@ def test_no_worker_survives_a_killed_server(server: Server) -> None:
     workers = server.workers()
     assert workers
     server.process.kill()
-    _, alive = psutil.wait_procs(workers, timeout=10)
-    assert not alive
+    assert not still_running(workers)
 
 
 def test_no_worker_survives_a_server_killed_while_loading(tmp_path: Path, tiny_folder: Path) -> None:
@@ -147,8 +147,7 @@ def test_no_worker_survives_a_server_killed_while_loading(tmp_path: Path, tiny_f
             time.sleep(0.05)
         assert workers
         server.process.kill()
-        _, alive = psutil.wait_procs(workers, timeout=10)
-        assert not alive
+        assert not still_running(workers)
 
 
 def test_health_says_why_not_while_loading(tmp_path: Path, tiny_folder: Path) -> None:

@@ -18,6 +18,7 @@ from lmserve.images.job import BadImage, ImageJob, ProcessorError
 from lmserve.images.pool import PREFIX, ImagePool
 from tests.images.odd_files import encoded
 from tests.images.tiny_vlms import pictures, write_tiny_vlm
+from tests.processes import still_running
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,7 @@ def test_the_life_of_images_and_of_side_processes(folder: Path, tmp_path: Path) 
         [process] = side_processes()
         pool.close()
         assert not Path(again.file).exists()
-        psutil.wait_procs([process], timeout=10)
-        assert not process.is_running()
+        assert not still_running([process])
 
     run(scenario())
     assert not leftover.exists()

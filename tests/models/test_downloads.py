@@ -30,6 +30,7 @@ from tests.models.downloading import (
     run,
     until,
 )
+from tests.processes import still_running
 
 
 def test_how_far_it_is(hub: HubStandIn, environ: dict[str, str]) -> None:
@@ -242,8 +243,7 @@ def test_no_download_survives_a_killed_server(hub: HubStandIn, environ: dict[str
         assert parent.stdout.readline() == b"\n"
         (process,) = processes_of_downloads(psutil.Process(parent.pid))
         parent.kill()
-        _, alive = psutil.wait_procs([process], timeout=10)
-        assert not alive
+        assert not still_running([process])
     (left_over,) = (tmp_path / "hub").rglob("*.incomplete")
     hub.released.set()
 
