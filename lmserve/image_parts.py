@@ -12,3 +12,9 @@ IMAGE_PARTS = ("vision_config", "vq_config")
 def has_image_part(config: Mapping[str, Any]) -> bool:
     """Whether the content of a ``config.json`` has one."""
     return any(isinstance(config.get(part), dict) for part in IMAGE_PARTS)
+
+
+def placeholder_id(config: Any) -> int | None:
+    """The token that stands for a part of an image, by transformers' configuration, which has two names for it."""
+    found = getattr(config, "image_token_id", None)
+    return getattr(config, "image_token_index", None) if found is None else found

@@ -177,16 +177,27 @@ def _generate_cached(model: PreTrainedModel, prompt: Tensor) -> Any:
     return generate(prompt, attention_mask=torch.ones_like(prompt))
 
 
+def gap(logits: Tensor, token: int) -> float:
+    """How far a token's logit is below the highest, in spreads of all that are not hidden. logits: (vocab,)."""
+    return float((logits.max() - logits[token]) / logits[logits > torch.finfo(logits.dtype).min / 2].std())
+
+
+def greedy(num_tokens: int) -> Any:
+    """The likeliest token each time, so many of them, whatever they mean."""
+    make: Any = GenerationConfig
+    return make(max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
 def _compare(tokens: Tensor, logits: Tensor, expected_ids: Tensor, expected: Tensor) -> tuple[str, float]:
     """What is wrong, if anything, and the error up to the first token that differs: behind it all may differ."""
     same = tokens == expected_ids
     count = NEW_TOKENS if bool(same.all()) else int(same.int().argmin()) + 1
     error = distance(logits[:count], expected[:count])
     row = expected[count - 1]
-    gap = float((row.max() - row[tokens[count - 1]]) / row[row > torch.finfo(row.dtype).min / 2].std())
-    if gap >= TIE:
+    below = gap(row, int(tokens[count - 1]))
+    if below >= TIE:
         return (
-            f"token {count} of {NEW_TOKENS} differs, whose uncached logit is {gap:.2g} spreads below the highest",
+            f"token {count} of {NEW_TOKENS} differs, whose uncached logit is {below:.2g} spreads below the highest",
             error,
         )
     if error > CLOSE:

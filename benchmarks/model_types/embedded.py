@@ -7,8 +7,6 @@ comparison, and into the engine, which shares steps among two requests.
 from __future__ import annotations
 
 import copy
-import tempfile
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
+from benchmarks.model_types.folder import saved
 from benchmarks.model_types.served import Served
 from benchmarks.model_types.sizes import SPECIAL_TOKENS, VOCABULARY
 from lmserve.config import ModelConfig
@@ -40,17 +38,13 @@ TOLERANCE = 1e-5
 
 def embed(model: PreTrainedModel) -> Served:
     """What the server makes of the model, pooled by the mean. The model itself is not run."""
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        progress: Any = transformers_logging
-        progress.disable_progress_bar()
-        model.save_pretrained(folder)
-        config = ModelConfig(model=folder, model_id="tiny", device="cpu", dtype="float32", task="embed")
+    with saved(model) as folder:
+        config = ModelConfig(model=str(folder), model_id="tiny", device="cpu", dtype="float32", task="embed")
         try:
             plan_encoder(config, "embed")
             runner = build_encoder(config, "embed")
         except ModelLoadFailed as error:
-            return Served("refused", "", str(error).replace(folder, "its folder"))
+            return Served("refused", "", str(error).replace(str(folder), "its folder"))
         assert isinstance(runner, EmbeddingRunner)
         lane = runner.info.lane
         texts, expected, failed = _references(model, make_texts(model, runner.info.max_model_len))

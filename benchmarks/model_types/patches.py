@@ -175,7 +175,7 @@ STARTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma4", "gemma4_unified"), {"vision_config": {}}),
     **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemotron_h_omni"), {"image_token_id": 9}),
 }
-"""Arguments without which a type has no default configuration to begin with."""
+"""What a default configuration is begun with: one without these parts or tokens would read no images."""
 
 _DRAFTS = "drafts for another model, whose hidden states and keys it needs"
 _SOUND = "makes codes of sound, several at a time, not text"

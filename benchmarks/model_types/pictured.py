@@ -7,22 +7,20 @@ chunks, two of them with the same picture, and with a cache so small that reques
 
 from __future__ import annotations
 
-import tempfile
 import uuid
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors.numpy import save_file
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from benchmarks.model_types.baseline import TIE
+from benchmarks.model_types.baseline import TIE, gap, greedy
+from benchmarks.model_types.folder import saved
 from benchmarks.model_types.processors import write_processor
 from benchmarks.model_types.served import BLOCK_SIZE, CONFIG, run
 from benchmarks.model_types.tiny import CannotBuild
@@ -72,21 +70,16 @@ def picture(model_type: str, model: PreTrainedModel) -> Pictured:
     """The model itself is what ours is compared with."""
     if not reads_images(model.config):
         return Pictured("none", "its class has no image encoder apart from its language model")
-    with tempfile.TemporaryDirectory() as name, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        progress: Any = transformers_logging
-        progress.disable_progress_bar()
-        folder = Path(name)
-        model.save_pretrained(folder)
+    with saved(model) as folder:
         try:
             write_processor(model_type, model, folder)
         except CannotBuild as error:
             return Pictured("not tried", str(error))
         except Exception as error:  # strangers' code, with settings that were guessed
             return Pictured("not tried", f"no processor could be made: {_told(error)}")
-        runner = build_runner(replace(CONFIG, model=name, max_model_len=MAX_LEN, max_num_batched_tokens=BUDGET))
+        runner = build_runner(replace(CONFIG, model=str(folder), max_model_len=MAX_LEN, max_num_batched_tokens=BUDGET))
         try:
-            cases = _make_cases(ImageProcessor.load(name), model, folder)
+            cases = _make_cases(ImageProcessor.load(str(folder)), model, folder)
             expected = [_generate(model, case) for case in cases]
         except Exception as error:
             if runner.info.images != "none":
@@ -103,7 +96,7 @@ def picture(model_type: str, model: PreTrainedModel) -> Pictured:
             except Exception as error:
                 return Pictured("fails", _told(error))
             for case, tokens, right in zip(cases, got, expected, strict=True):
-                problem = _compare(model, case, tokens, right)
+                problem = _compare(tokens, *right)
                 if problem:
                     return Pictured("wrong", f"{len(case.images)} pictures, {num_blocks} blocks: {problem}")
     return Pictured("exact", "the tokens of an image see each other" if runner.info.images == "whole" else "")
@@ -124,7 +117,7 @@ def _make_cases(processor: ImageProcessor, model: Any, folder: Path) -> list[_Ca
     cases = []
     for prompt in PROMPTS:
         shown = [part for part in prompt if isinstance(part, int)]
-        text = "".join(_shown(processor) if isinstance(part, int) else part for part in prompt)
+        text = "".join(processor.image_token if isinstance(part, int) else part for part in prompt)
         if shown:
             inputs = stock_inputs(processor, model, text, [pictures[i] for i in shown])
         else:  # some processors take no text alone
@@ -140,33 +133,22 @@ def _make_cases(processor: ImageProcessor, model: Any, folder: Path) -> list[_Ca
     return cases
 
 
-def _shown(processor: ImageProcessor) -> str:
-    """As a chat template writes an image; some processors refuse it without what stands around it (HunYuan-VL's)."""
-    around = (getattr(processor.processor, name, None) for name in ("image_start_token", "image_end_token"))
-    start, end = (token if isinstance(token, str) else "" for token in around)
-    return f"{start}{processor.image_token}{end}"
-
-
 def _request(number: int, case: _Case) -> AddRequest:
     sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     return AddRequest(str(number), case.token_ids, sampling, images=case.images)
 
 
-def _generate(model: Any, case: _Case) -> list[int]:
-    make: Any = GenerationConfig
-    settings = make(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
-    made: list[int] = model.generate(**case.inputs, generation_config=settings)[0].tolist()
-    return made[len(case.token_ids) :]
+def _generate(model: Any, case: _Case) -> tuple[list[int], list[Tensor]]:
+    """The tokens, and the logits (vocab,) that each was picked from."""
+    told = {"output_logits": True, "return_dict_in_generate": True}
+    made = model.generate(**case.inputs, generation_config=greedy(NEW_TOKENS), **told)
+    return made.sequences[0, len(case.token_ids) :].tolist(), [rows[0] for rows in made.logits]
 
 
-def _compare(model: Any, case: _Case, tokens: Sequence[int], right: Sequence[int]) -> str:
+def _compare(tokens: Sequence[int], right: Sequence[int], logits: Sequence[Tensor]) -> str:
     """What is wrong, if anything. Behind a tie of two logits all may differ."""
-    for i, (token, expected) in enumerate(zip(tokens, right, strict=True)):
+    for i, (token, expected, row) in enumerate(zip(tokens, right, logits, strict=True)):
         if token != expected:
-            make: Any = GenerationConfig
-            settings = make(max_new_tokens=i + 1, do_sample=False, eos_token_id=None, pad_token_id=0)
-            told = {"output_logits": True, "return_dict_in_generate": True}
-            row = model.generate(**case.inputs, generation_config=settings, **told).logits[i][0]
-            gap = float((row.max() - row[token]) / row[row > torch.finfo(row.dtype).min / 2].std())
-            return "" if gap < TIE else f"token {i + 1} is {gap:.2g} spreads below the highest"
+            below = gap(row, token)
+            return "" if below < TIE else f"token {i + 1} is {below:.2g} spreads below the highest"
     return ""

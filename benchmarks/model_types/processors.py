@@ -30,15 +30,16 @@ from benchmarks.model_types.processor_patches import (
 )
 from benchmarks.model_types.sizes import SPECIAL_TOKENS
 from benchmarks.model_types.tiny import CannotBuild, package
+from lmserve.image_parts import IMAGE_PARTS, placeholder_id
 from lmserve.images.processor import LEFT_OUT, LeftOut, still_class
 
 _auto_processors: Any = processing_auto
 _auto_image_processors: Any = image_processing_auto
 PROCESSORS: dict[str, str] = _auto_processors.PROCESSOR_MAPPING_NAMES
 IMAGE_PROCESSORS: dict[str, dict[str, str]] = _auto_image_processors.IMAGE_PROCESSOR_MAPPING_NAMES
-PARTS = ("vision_config", "vq_config", "vit_config", "perceiver_config")
+PARTS = (*IMAGE_PARTS, "vit_config", "perceiver_config")
 """Of configurations, that know of images."""
-NO_SETTINGS = {"image_processor", "tokenizer", "video_processor", "feature_extractor", "chat_template", "kwargs"}
+NO_SETTINGS = {"image_processor", "tokenizer", *LEFT_OUT, "chat_template", "kwargs"}
 OTHER_NAMES = {
     "merge_size": ("spatial_merge_size",),
     "image_seq_length": ("mm_tokens_per_image", "vision_soft_tokens_per_image"),
@@ -137,8 +138,7 @@ def _tokenizer(kind: Any, specials: list[str], vocab_size: int, **options: Any) 
 
 def _place(config: Any, asked: _AskedTokenizer, placeholder: str, *others: str) -> list[str]:
     """The special tokens in the order of their ids: those that the configuration numbers have its numbers."""
-    number = getattr(config, "image_token_id", None)
-    number = getattr(config, "image_token_index", None) if number is None else number
+    number = placeholder_id(config)
     wanted = {**asked.named, **{token: token for token in asked.unnamed if token not in asked.named.values()}}
     numbers = {
         name.removesuffix("_id").removesuffix("_index"): value

@@ -7,18 +7,16 @@ A model that the server refuses at its load is not served wrongly either.
 
 from __future__ import annotations
 
-import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
-from benchmarks.model_types.baseline import TIE, forward
+from benchmarks.model_types.baseline import TIE, forward, gap, greedy
+from benchmarks.model_types.folder import saved
 from benchmarks.model_types.sizes import SPECIAL_TOKENS, VOCABULARY
 from lmserve.config import ModelConfig
 from lmserve.engine.core import EngineCore, limits_of
@@ -61,17 +59,13 @@ class Served:
 
 def serve(model: PreTrainedModel) -> Served:
     """The model goes into a folder and the whole road of a load; it itself is what ours is compared with."""
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        progress: Any = transformers_logging
-        progress.disable_progress_bar()
+    with saved(model) as folder:
         prompts = make_prompts()
         expected = [_continue(model, prompt) for prompt in prompts]
-        model.save_pretrained(folder)
         try:
-            runner = build_runner(replace(CONFIG, model=folder))
+            runner = build_runner(replace(CONFIG, model=str(folder)))
         except ModelLoadFailed as error:
-            return Served("refused", "", str(error).replace(folder, "its folder"))
+            return Served("refused", "", str(error).replace(str(folder), "its folder"))
         info = runner.info
         for num_blocks in (info.num_blocks, FEW_BLOCKS):
             runner.info = replace(info, num_blocks=num_blocks)
@@ -105,10 +99,8 @@ def _continue(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
 
 def _generate(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
     ids = torch.tensor([list(prompt)])
-    make: Any = GenerationConfig
-    settings = make(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
     generate: Any = model.generate
-    made: Tensor = generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    made: Tensor = generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy(NEW_TOKENS))
     return [int(token) for token in made[0, len(prompt) :]]
 
 
@@ -149,8 +141,8 @@ def _compare(
         row: Tensor = forward(model, torch.tensor([[*prompt, *right[:i]]]))[0, -1]
         if tokens == _generate(model, prompt)[: len(tokens)]:
             return ""
-        gap = float((row.max() - row[token]) / row[row > torch.finfo(row.dtype).min / 2].std())
-        return "" if gap < TIE else f"token {i + 1} is {gap:.2g} spreads below the highest"
+        below = gap(row, token)
+        return "" if below < TIE else f"token {i + 1} is {below:.2g} spreads below the highest"
     if len(tokens) < len(right) and not may_end_early:
         return f"{len(tokens)} tokens instead of {len(right)}"
     return ""

@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 from transformers.utils.hub import cached_file
 
+from lmserve.image_parts import placeholder_id
 from lmserve.images.job import Detail, ProcessorError
 from lmserve.images.pixtral import PixtralProcessor
 
@@ -103,9 +104,7 @@ class ImageProcessor:
             config: Any = AutoConfig.from_pretrained(path, **options)
         except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ProcessorError(f"its image processor cannot be loaded: {_first_line(error)}") from error
-        placeholder = getattr(config, "image_token_id", None)
-        if placeholder is None:
-            placeholder = getattr(config, "image_token_index", None)
+        placeholder = placeholder_id(config)
         if getattr(processor, "image_token", None) is None or not isinstance(placeholder, int):
             raise ProcessorError(f"{type(processor).__name__} does not say which token stands for an image")
         return cls(processor, placeholder)

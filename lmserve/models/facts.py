@@ -30,6 +30,8 @@ ModelType = Literal["llm", "vlm", "embeddings", "reranker"]
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_GENERATING = ("BertGenerationDecoder", "NemotronH_Omni_Reasoning_V3")
+"""Architectures that continue texts and have names of their own."""
 _ENCODERS = frozenset(
     ("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "eurobert", "modernbert", "mpnet")
     + ("nomic_bert", "roberta", "xlm-roberta", "xlm-roberta-xl")
@@ -150,8 +152,8 @@ def _kind(folder: Path, config: dict[str, Any], text_config: dict[str, Any], arc
     if not name:
         raise NotAModel(f"{folder.name}: config.json names neither an architecture nor a model type")
     sees = has_image_part(config)
-    generates = architecture.endswith(("ForCausalLM", "LMHeadModel", "GenerationDecoder"))
-    conditional = architecture.endswith(("ForConditionalGeneration", "_Reasoning_V3"))  # that is Nemotron Omni's
+    generates = architecture.endswith(("ForCausalLM", "LMHeadModel")) or architecture in _GENERATING
+    conditional = architecture.endswith("ForConditionalGeneration")
     encodes_and_decodes = config.get("is_encoder_decoder") is True or text_config.get("is_encoder_decoder") is True
     if encodes_and_decodes or (conditional and not sees and "audio_config" not in config):
         raise NotAModel(f"{name}: encoder-decoder models are not served")

@@ -114,8 +114,8 @@ def _sample_texts(processor: ImageProcessor) -> Iterator[str]:
     """First as the chat template has it, for in some models positions depend on what it puts around an image; then, if
     that is too long, without anything else."""
     token = processor.image_token
-    parts = [("text", "One"), ("image", ""), ("text", " two"), ("image", ""), ("text", " and so on")]
-    content = [{"type": kind, **({"text": text} if text else {})} for kind, text in parts]
+    one, two, rest = ({"type": "text", "text": text} for text in ("One", " two", " and so on"))
+    content = [one, {"type": "image"}, two, {"type": "image"}, rest]
     render: Any = processor.processor.apply_chat_template
     try:
         text = str(render([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False))

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lmserve.image_parts import placeholder_id
 from lmserve.runtime.interface import PromptImage
 from lmserve.runtime.vision.encoder import EncodedImage, ImageEncoder, read_features
 
@@ -86,9 +87,7 @@ class PromptReader:
         self.encoder = encoder
         self.whole = whole
         self.only_in_windows = only_in_windows
-        config = model.config
-        token_id = getattr(config, "image_token_id", None)
-        self.image_token_id: int = config.image_token_index if token_id is None else token_id
+        self.image_token_id = placeholder_id(model.config)
         rope_index = getattr(getattr(model, "model", None), "get_rope_index", None)
         self._rope_index: Any = rope_index
         self._names = frozenset(inspect.signature(rope_index).parameters) if rope_index else frozenset[str]()
